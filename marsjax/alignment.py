@@ -1,0 +1,235 @@
+"""The alignment stage: modality projection, fusion and the joint loss, Eqs. 3-4 and 9-14."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from marsjax import stein
+from marsjax.records import AlignmentBatch
+
+
+class FeatureTables(NamedTuple):
+    """Constants of the items: raw features of each modality, and who has them."""
+
+    feature_NF: Mapping[str, jax.Array]  # name -> [N, F]
+    present_N: Mapping[str, jax.Array]  # name -> [N] bool
+
+
+class AlignmentLoss(NamedTuple):
+    """The weights of the joint loss, Eqs. 8 and 14."""
+
+    beta: float  # weight of L_stein in Eq. 14
+    lambda_: float  # weight of the entropy in Eq. 8
+    entropy_sign: float  # +1 spreads the space (mars), -1 contracts it (Eqs. 7-8 as printed)
+    eta: float  # ridge of the score estimator
+    estimator: str  # "stein" or "ssge"
+
+
+class MultimodalEncoder(nn.Module):
+    """Aligns item modalities and contextualises items within a history.
+
+    Attributes:
+        modalities: none, one or two names. With two, the first gives keys and values and the second the queries of
+            Eq. 9 (text, image in the paper). With one, Eq. 9 has nothing to attend to and the fused vector is the
+            normalised modality; with none it is the projected item id.
+        id_width, width: 128 and 256 in the paper.
+        normalise: put modality vectors on the sphere of radius sqrt(width). Without it the entropy is unbounded and
+            the dispersive sign inflates the space without end.
+        residual: add the fused vector to the result of Eq. 11 and normalise. Without it the item vector is a mix of
+            projected ids alone: text and image only set the weights, and an item without a trained id has no content.
+    """
+
+    n_items: int
+    modalities: tuple[str, ...]
+    id_width: int = 128
+    width: int = 256
+    hidden: int = 128
+    normalise: bool = True
+    residual: bool = True
+
+    def setup(self) -> None:
+        if len(self.modalities) > 2:
+            raise ValueError(f"alignment: expected at most two modalities, found {self.modalities}")
+        self.item = self.param("item", nn.initializers.normal(stddev=0.05), (self.n_items, self.id_width))
+        self.project = {name: nn.Dense(self.width, use_bias=False, name=f"project_{name}") for name in self.modalities}
+        self.self_attention = Attention(self.id_width)  # Eq. 4
+        self.modal_attention = Attention(self.width)  # Eq. 9
+        self.id_attention = Attention(self.width)  # Eq. 11
+        self.fuse_norm = nn.LayerNorm()
+        if not self.modalities:
+            self.project_id = nn.Dense(self.width, use_bias=False)
+        if self.residual:
+            self.residual_norm = nn.LayerNorm()
+        self.score_hidden = nn.Dense(self.hidden)
+        self.score_out = nn.Dense(1)
+
+    def modality(self, name: str, item_I: jax.Array, tables: FeatureTables) -> tuple[jax.Array, jax.Array]:
+        """Eq. 3: projected features [..., D] of items [...], and which of them are present; absent ones are zero."""
+        present = tables.present_N[name][item_I]
+        emb = self.project[name](tables.feature_NF[name][item_I])
+        if self.normalise:
+            # eps inside the root: the norm of an absent item's zero row has no gradient otherwise (NaN).
+            emb = emb * lax.rsqrt(jnp.mean(emb * emb, axis=-1, keepdims=True) + 1e-6)
+        return emb * present[..., None], present
+
+    def fused(self, item_BL: jax.Array, tables: FeatureTables, *, alone: bool) -> jax.Array:
+        """Eqs. 9-10: [B, L, D]. `alone` lets each item attend to its own text only (targets, static vectors)."""
+        if not self.modalities:
+            return self.fuse_norm(self.project_id(self.item[item_BL]))
+        if len(self.modalities) == 1:
+            return self.fuse_norm(self.modality(self.modalities[0], item_BL, tables)[0])
+        key_BLD, key_mask_BL = self.modality(self.modalities[0], item_BL, tables)
+        query_BLD, _ = self.modality(self.modalities[1], item_BL, tables)
+        if alone:
+            # The softmax over one key is 1, so the attended value is the projected text itself.
+            attended_BLD = self.modal_attention.value(key_BLD) * key_mask_BL[..., None]
+        else:
+            attended_BLD = self.modal_attention(query_BLD, key_BLD, key_mask_BL & (item_BL > 0))
+        return self.fuse_norm(query_BLD + attended_BLD)
+
+    def history(self, history_BL: jax.Array) -> jax.Array:
+        """Eq. 4: self-attention over the history's id embeddings, [B, L, id_width]."""
+        id_BLD = self.item[history_BL]
+        return self.self_attention(id_BLD, id_BLD, history_BL > 0)
+
+    def items_in(self, fused_BTD: jax.Array, history_BL: jax.Array) -> jax.Array:
+        """Eq. 11: fused vectors [B, T, D] attend to the history; returns emb_item^mm [B, T, D]."""
+        attended_BTD = self.id_attention(fused_BTD, self.history(history_BL), history_BL > 0)
+        return self.residual_norm(fused_BTD + attended_BTD) if self.residual else attended_BTD
+
+    def encode(self, history_BL: jax.Array, tables: FeatureTables) -> tuple[jax.Array, jax.Array]:
+        """Contextual item vectors [B, L, D] of a history, zero at padding, and their mean, Eq. 13, [B, D]."""
+        mask_BL1 = (history_BL > 0).astype(jnp.float32)[..., None]
+        item_BLD = self.items_in(self.fused(history_BL, tables, alone=False), history_BL) * mask_BL1
+        return item_BLD, jnp.sum(item_BLD, axis=1) / jnp.maximum(jnp.sum(mask_BL1, axis=1), 1.0)
+
+    def static(self, item_N: jax.Array, tables: FeatureTables) -> jax.Array:
+        """Item vectors [N, D] of histories of one item: what a service can precompute."""
+        return self.encode(item_N[:, None], tables)[0][:, 0]
+
+    def logits(self, history_BL: jax.Array, target_BT: jax.Array, tables: FeatureTables) -> jax.Array:
+        """Eq. 12: logits [B, T] of targets, which attend to the history and never join it."""
+        item_BTD = self.items_in(self.fused(target_BT, tables, alone=True), history_BL)
+        return self.score_out(nn.gelu(self.score_hidden(item_BTD)))[..., 0]
+
+    def __call__(self, batch: AlignmentBatch, tables: FeatureTables) -> jax.Array:
+        """Touches every parameter once, for initialisation."""
+        self.encode(batch.history_BL, tables)
+        return self.logits(batch.history_BL, batch.target_BT, tables)
+
+
+class Attention(nn.Module):
+    """One head of scaled dot-product attention with a key mask. A row without a valid key gets zeros."""
+
+    width: int
+
+    def setup(self) -> None:
+        self.to_query = nn.Dense(self.width, use_bias=False)
+        self.to_key = nn.Dense(self.width, use_bias=False)
+        self.to_value = nn.Dense(self.width, use_bias=False)
+
+    def value(self, key_BLD: jax.Array) -> jax.Array:
+        return self.to_value(key_BLD)
+
+    def __call__(self, query_BTD: jax.Array, key_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
+        """Queries [B, T, D'] over keys [B, L, D'']; returns [B, T, width]."""
+        logit_BTL = jnp.einsum("btd,bld->btl", self.to_query(query_BTD), self.to_key(key_BLD)) * self.width**-0.5
+        # A large negative number, not -inf: the softmax of a row of -inf is NaN, and so is its gradient.
+        logit_BTL = jnp.where(mask_BL[:, None, :], logit_BTL, -1e30)
+        weight_BTL = nn.softmax(logit_BTL, axis=-1) * mask_BL[:, None, :]
+        return jnp.einsum("btl,bld->btd", weight_BTL, self.to_value(key_BLD))
+
+
+def make_loss(
+    encoder: MultimodalEncoder, weights: AlignmentLoss, *, axis_name: str | None
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """`(params, batch, tables) -> (share of the loss, shares of the metrics)`, Eq. 14.
+
+    The click loss is a mean over rows, so each device adds its rows over the global count. The Stein loss is a
+    statement about the whole batch: embeddings are gathered from all devices and each device answers for 1/n of it.
+    """
+    scores = {
+        "stein": lambda x_ND, mask_N: stein.stein_score(x_ND, mask_N, eta=weights.eta),
+        "ssge": stein.ssge_score,
+    }
+    if weights.estimator not in scores:
+        raise ValueError(f"alignment.estimator: expected one of {sorted(scores)}, found {weights.estimator!r}")
+    score = scores[weights.estimator]
+
+    def gather(x: jax.Array) -> jax.Array:
+        return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
+
+    def loss(params, batch: AlignmentBatch, tables: FeatureTables):  # type: ignore[no-untyped-def]
+        variables = {"params": params}
+        logit_BT = encoder.apply(variables, batch.history_BL, batch.target_BT, tables, method="logits")
+        n_rows = jnp.sum(batch.weight_BT)
+        n_devices = 1 if axis_name is None else lax.axis_size(axis_name)
+        n_rows = n_rows if axis_name is None else lax.psum(n_rows, axis_name)
+        click_BT = optax.sigmoid_binary_cross_entropy(logit_BT, batch.label_BT) * batch.weight_BT
+        click = jnp.sum(click_BT) / jnp.maximum(n_rows, 1.0)
+
+        vectors = {}
+        for name in encoder.modalities:
+            emb_ND, present_N = encoder.apply(variables, name, batch.stein_item_N, tables, method="modality")
+            vectors[name] = gather(emb_ND), gather(present_N & (batch.stein_item_N > 0))
+        entropy, align, gamma = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
+        for emb_ND, present_N in vectors.values():
+            entropy += stein.entropy_surrogate(emb_ND, present_N, score=score) / len(vectors)
+        if len(vectors) == 2:
+            (key_ND, key_N), (query_ND, query_N) = vectors.values()
+            align, gamma = stein.alignment(query_ND, key_ND, key_N & query_N)
+        stein_loss = (-align + weights.lambda_ * weights.entropy_sign * entropy) / n_devices
+        metrics = {"click_loss": click, "l_align": align / n_devices, "gamma": gamma / n_devices}
+        return click + weights.beta * stein_loss, metrics
+
+    return loss
+
+
+def diagnostics(
+    encoder: MultimodalEncoder, params: Mapping, tables: FeatureTables, item_N: jax.Array
+) -> dict[str, jax.Array]:
+    """How the space looks, over a sample of items: scalars, computed without gradient.
+
+    l_align (Eq. 6), gamma (Eq. 5), and for each modality `effective_rank` (exponential of the entropy of the
+    covariance's normalised eigenvalues, Roy and Vetterli 2007), `uniformity` (log mean Gaussian potential on the unit
+    sphere, Wang and Isola 2020, lower is more uniform); for two, `modality_gap` (distance of the modality means on the
+    unit sphere, Liang et al. 2022) and `matched_recall` (share of items whose nearest text is their own).
+    """
+    out: dict[str, jax.Array] = {}
+    vectors = {}
+    for name in encoder.modalities:
+        emb_ND, present_N = encoder.apply({"params": params}, name, item_N, tables, method="modality")  # type: ignore[misc]
+        present_N = present_N & (item_N > 0)
+        vectors[name] = emb_ND, present_N
+        keep_N1 = present_N.astype(jnp.float32)[:, None]
+        count = jnp.maximum(jnp.sum(keep_N1), 1.0)
+        centred_ND = (emb_ND - jnp.sum(emb_ND * keep_N1, axis=0, keepdims=True) / count) * keep_N1
+        eigen_D = jnp.maximum(jnp.linalg.eigvalsh(centred_ND.T @ centred_ND / count), 0.0)
+        share_D = eigen_D / jnp.maximum(jnp.sum(eigen_D), 1e-12)
+        out[f"effective_rank_{name}"] = jnp.exp(-jnp.sum(share_D * jnp.log(share_D + 1e-12)))
+        unit_ND = _unit(emb_ND)
+        pair_NN = present_N[:, None] & present_N[None, :] & ~jnp.eye(len(item_N), dtype=bool)
+        potential_NN = jnp.exp(-2.0 * stein.squared_distances(unit_ND, unit_ND)) * pair_NN
+        out[f"uniformity_{name}"] = jnp.log(jnp.sum(potential_NN) / jnp.maximum(jnp.sum(pair_NN), 1.0) + 1e-12)
+    if len(vectors) == 2:
+        (key_ND, key_N), (query_ND, query_N) = vectors.values()
+        both_N = key_N & query_N
+        out["l_align"], out["gamma"] = stein.alignment(query_ND, key_ND, both_N)
+        count = jnp.maximum(jnp.sum(both_N), 1.0)
+        gap_D = jnp.sum((_unit(key_ND) - _unit(query_ND)) * both_N[:, None], axis=0) / count
+        out["modality_gap"] = jnp.sqrt(jnp.sum(gap_D**2))
+        distance_NN = jnp.where(both_N[None, :], stein.squared_distances(query_ND, key_ND), jnp.inf)
+        hit_N = jnp.argmin(distance_NN, axis=1) == jnp.arange(len(item_N))
+        out["matched_recall"] = jnp.sum(hit_N & both_N) / count
+    return out
+
+
+def _unit(x_ND: jax.Array) -> jax.Array:
+    return x_ND * lax.rsqrt(jnp.sum(x_ND * x_ND, axis=1, keepdims=True) + 1e-12)

@@ -1,0 +1,1 @@
+"""What low-active users borrow: strategies swapped as a set, and the controls they must beat."""

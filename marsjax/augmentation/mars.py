@@ -1,0 +1,232 @@
+"""MARS: filter, most-similar, kth-similar and dp, Eqs. 16-18 and section 4.4, batched over queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marsjax.records import Borrowed, Neighbours
+
+
+class Candidates(NamedTuple):
+    """Everything that was considered for borrowing, kept or not. S = K donors x L items, most similar donor last."""
+
+    item_QS: np.ndarray  # [Q, S] int32, 0 is padding
+    time_QS: np.ndarray  # [Q, S] int64
+    donor_QS: np.ndarray  # [Q, S] int32
+    donor_similarity_QS: np.ndarray  # [Q, S] float32, Eq. 15
+    similarity_QS: np.ndarray  # [Q, S] float32, Eq. 16; -inf at padding
+    kept_QS: np.ndarray  # [Q, S] bool
+
+
+class Donors(NamedTuple):
+    """Training histories of the possible donors (the high-active users)."""
+
+    user_P: np.ndarray  # [P] int32, ascending
+    item_PL: np.ndarray  # [P, L] int32, time order, 0 is padding
+    time_PL: np.ndarray  # [P, L] int64
+
+
+def cosine(vector_BSD: jax.Array, query_BD: jax.Array, centre_D: jax.Array) -> jax.Array:
+    """Eq. 16, [B, S]: cosine of each item with the query user, both moved by `centre_D` (zeros: the literal Eq. 16).
+
+    Mean-pooled vectors share a large common part and their cosines bunch near 1; moving by the mean of the donors'
+    vectors spreads them.
+    """
+    vector_BSD = vector_BSD - centre_D
+    query_BD = query_BD - centre_D
+    dot_BS = jnp.einsum("bsd,bd->bs", vector_BSD, query_BD)
+    norm_BS = jnp.sqrt(jnp.sum(vector_BSD**2, axis=-1) * jnp.sum(query_BD**2, axis=-1)[:, None])
+    return dot_BS / jnp.maximum(norm_BS, 1e-12)
+
+
+def threshold(similarity_BS: jax.Array, valid_BS: jax.Array, *, value: float | None, quantile: float | None) -> jax.Array:
+    """theta of Eq. 17, one for each query [B]: a fixed value, or a quantile of the query's own candidates.
+
+    The quantile is a lower order statistic: quantile 0 keeps all, 0.5 the better half.
+    """
+    if value is not None:
+        return jnp.full(similarity_BS.shape[:1], value, similarity_BS.dtype)
+    assert quantile is not None
+    sorted_BS = jnp.sort(jnp.where(valid_BS, similarity_BS, jnp.inf), axis=1)
+    count_B = jnp.sum(valid_BS, axis=1)
+    rank_B = jnp.clip(jnp.floor(quantile * count_B).astype(jnp.int32), 0, jnp.maximum(count_B - 1, 0))
+    return jnp.take_along_axis(sorted_BS, rank_B[:, None], axis=1)[:, 0]
+
+
+def best_run(gain_BL: jax.Array, valid_BL: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The contiguous run with the largest sum (Kadane), as (sum, first, last) [B] each; last < first is empty.
+
+    Padding ends nothing: its gain counts as 0. The empty run, of sum 0, wins where no run is positive; among equal
+    sums the run that ends first, and begins last, wins.
+    """
+    gain_BL = jnp.where(valid_BL, gain_BL, 0.0)
+    n = gain_BL.shape[0]
+
+    def advance(carry: tuple[jax.Array, ...], column: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+        here_B, start_B, best_B, first_B, last_B = carry
+        gain_B, at = column
+        restart_B = here_B <= 0.0
+        here_B = jnp.where(restart_B, gain_B, here_B + gain_B)
+        start_B = jnp.where(restart_B, at, start_B)
+        better_B = here_B > best_B
+        return (
+            here_B,
+            start_B,
+            jnp.where(better_B, here_B, best_B),
+            jnp.where(better_B, start_B, first_B),
+            jnp.where(better_B, at, last_B),
+        ), None
+
+    zero_B = jnp.zeros(n, gain_BL.dtype)
+    none_B = jnp.zeros(n, jnp.int32)
+    start = (zero_B, none_B, zero_B, none_B, none_B - 1)
+    columns = gain_BL.T, jnp.arange(gain_BL.shape[1], dtype=jnp.int32)
+    (_, _, best_B, first_B, last_B), _ = jax.lax.scan(advance, start, columns)
+    return best_B, first_B, last_B
+
+
+def keep_all(similarity_BKL: jax.Array, valid_BKL: jax.Array, theta_B: jax.Array) -> jax.Array:
+    """Most-similar and kth-similar: every item of every donor."""
+    return valid_BKL
+
+
+def keep_similar(similarity_BKL: jax.Array, valid_BKL: jax.Array, theta_B: jax.Array) -> jax.Array:
+    """Filter, Eq. 17: items at least as similar as theta."""
+    return valid_BKL & (similarity_BKL >= theta_B[:, None, None])
+
+
+def keep_best_run(similarity_BKL: jax.Array, valid_BKL: jax.Array, theta_B: jax.Array) -> jax.Array:
+    """DP: the contiguous run with the largest sum of (similarity - theta), over all donors; one donor's run wins."""
+    n, k, length = similarity_BKL.shape
+    gain_XL = (similarity_BKL - theta_B[:, None, None]).reshape(n * k, length)
+    best_X, first_X, last_X = best_run(gain_XL, valid_BKL.reshape(n * k, length))
+    best_BK, first_BK, last_BK = (x.reshape(n, k) for x in (best_X, first_X, last_X))
+    # The nearest donor stands last, and argmax takes the first of equals: look from the end.
+    winner_B = k - 1 - jnp.argmax(best_BK[:, ::-1], axis=1)
+    column_L = jnp.arange(length)[None, None, :]
+    inside_BKL = (column_L >= first_BK[..., None]) & (column_L <= last_BK[..., None])
+    return valid_BKL & inside_BKL & (jnp.arange(k)[None, :] == winner_B[:, None])[..., None]
+
+
+class Strategy(NamedTuple):
+    """How many donors a strategy looks at, and which of their items it keeps."""
+
+    donors: int | None  # None: as many as asked for
+    keep: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+STRATEGIES = {
+    "most_similar": Strategy(1, keep_all),
+    "filter": Strategy(1, keep_similar),
+    "kth_similar": Strategy(None, keep_all),
+    "dp": Strategy(None, keep_best_run),
+}
+
+
+def drop_repeats(item_BS: jax.Array, kept_BS: jax.Array) -> jax.Array:
+    """Of several kept entries of one item, keeps the last: the nearest donor's, nearest to the own history."""
+    column_S = jnp.arange(item_BS.shape[1])[None, :]
+    # Stable sort by item brings the repeats together, in their order; the last of each group stays.
+    key_BS = jnp.where(kept_BS, item_BS, -1)
+    order_BS = jnp.argsort(key_BS, axis=1, stable=True)
+    sorted_BS = jnp.take_along_axis(key_BS, order_BS, axis=1)
+    last_BS = jnp.concatenate([sorted_BS[:, :-1] != sorted_BS[:, 1:], jnp.ones_like(sorted_BS[:, :1], bool)], axis=1)
+    rows_B1 = jnp.arange(item_BS.shape[0])[:, None]
+    is_last_BS = jnp.zeros(item_BS.shape, bool).at[rows_B1, order_BS].set(last_BS)
+    return kept_BS & is_last_BS & (column_S >= 0)
+
+
+def borrow(
+    donors: Donors,
+    neighbours: Neighbours,
+    query_QD: np.ndarray,
+    vectors: Callable[[np.ndarray], np.ndarray],
+    *,
+    strategy: str,
+    theta: float | None,
+    theta_quantile: float | None,
+    centre_D: np.ndarray,
+    size: int = 64,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Candidates:
+    """Eqs. 16-17 for all queries.
+
+    Args:
+        neighbours: donors of each query, [Q, K], the most similar first.
+        query_QD: user vectors of the queries.
+        vectors: item vectors of donors: positions [X] in `donors` -> [X, L, D], contextual or static.
+        strategy: a key of `STRATEGIES`.
+        theta, theta_quantile: one of them is None.
+        centre_D: subtracted from items and queries before the cosine; zeros for the literal Eq. 16.
+        size: queries at a time; one shape is compiled.
+
+    Raises:
+        ValueError: unknown strategy; both or neither of `theta` and `theta_quantile`; a donor is the query's own user.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"augmentation.strategy: expected one of {sorted(STRATEGIES)}, found {strategy!r}")
+    if (theta is None) == (theta_quantile is None):
+        raise ValueError(
+            f"augmentation: expected exactly one of theta and theta_quantile, found {theta} and {theta_quantile}; "
+            "set the other to none"
+        )
+    chosen = STRATEGIES[strategy]
+    k = min(chosen.donors or neighbours.user_BK.shape[1], neighbours.user_BK.shape[1])
+    # Least to most similar, so that the best donor's items stand next to the own history and survive truncation.
+    donor_QK = neighbours.user_BK[:, :k][:, ::-1]
+    valid_QK = neighbours.valid_BK[:, :k][:, ::-1]
+    similarity_QK = np.where(valid_QK, neighbours.similarity_BK[:, :k][:, ::-1], 0.0)
+    position_QK = np.where(valid_QK, np.searchsorted(donors.user_P, donor_QK), 0)
+    length = donors.item_PL.shape[1]
+
+    @jax.jit
+    def select(item_BKL, valid_BKL, vector_BKLD, query_BD, centre_D):  # type: ignore[no-untyped-def]
+        n = item_BKL.shape[0]
+        similarity_BS = cosine(vector_BKLD.reshape(n, k * length, -1), query_BD, centre_D)
+        theta_B = threshold(similarity_BS, valid_BKL.reshape(n, -1), value=theta, quantile=theta_quantile)
+        kept_BKL = chosen.keep(similarity_BS.reshape(n, k, length), valid_BKL, theta_B)
+        return similarity_BS, drop_repeats(item_BKL.reshape(n, -1), kept_BKL.reshape(n, -1))
+
+    n_queries = len(query_QD)
+    item_QS = np.zeros((n_queries, k * length), np.int32)
+    similarity_QS = np.full((n_queries, k * length), -np.inf, np.float32)
+    kept_QS = np.zeros((n_queries, k * length), bool)
+    for begin in range(0, n_queries, size):
+        end = min(begin + size, n_queries)
+        row_B = np.minimum(np.arange(begin, begin + size), n_queries - 1)
+        position_BK = position_QK[row_B]
+        item_BKL = np.where(valid_QK[row_B][..., None], donors.item_PL[position_BK], 0)
+        # Neighbouring queries share donors (one user's prefixes do), so each donor is fetched once.
+        unique_X, inverse = np.unique(position_BK, return_inverse=True)
+        vector_BKLD = vectors(unique_X)[inverse.reshape(position_BK.shape)]
+        similarity_BS, kept_BS = select(item_BKL, item_BKL > 0, vector_BKLD, query_QD[row_B], centre_D)
+        item_QS[begin:end] = item_BKL.reshape(size, -1)[: end - begin]
+        similarity_QS[begin:end] = np.where(item_QS[begin:end] > 0, np.asarray(similarity_BS)[: end - begin], -np.inf)
+        kept_QS[begin:end] = np.asarray(kept_BS)[: end - begin]
+        advance(end - begin)
+    return Candidates(
+        item_QS=item_QS,
+        time_QS=donors.time_PL[position_QK].reshape(n_queries, -1) * (item_QS > 0),
+        donor_QS=np.repeat(np.where(valid_QK, donor_QK, -1), length, axis=1).astype(np.int32),
+        donor_similarity_QS=np.repeat(similarity_QK, length, axis=1).astype(np.float32),
+        similarity_QS=similarity_QS,
+        kept_QS=kept_QS,
+    )
+
+
+def kept_items(candidates: Candidates) -> Borrowed:
+    """The kept candidates as CSR, in the order in which Eq. 18 prepends them."""
+    kept_QS = candidates.kept_QS
+    start_Q1 = np.concatenate([[0], np.cumsum(kept_QS.sum(axis=1))]).astype(np.int64)
+    return Borrowed(
+        start_Q1=start_Q1,
+        item_S=candidates.item_QS[kept_QS],
+        time_S=candidates.time_QS[kept_QS],
+        donor_S=candidates.donor_QS[kept_QS],
+        similarity_S=candidates.similarity_QS[kept_QS],
+    )

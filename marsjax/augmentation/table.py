@@ -1,0 +1,86 @@
+"""Candidates on disk: arrays for the next stage, Parquet for any other stack, and a summary."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import numpy as np
+
+from marsjax.augmentation.mars import Candidates
+from marsjax.records import TEST, TRAIN, Dataset, Log, Queries, Rows
+
+
+def read_candidates(path: pathlib.Path) -> Candidates:
+    """Reads what `files.write_arrays(path, **candidates._asdict())` wrote."""
+    with np.load(path) as arrays:
+        return Candidates(**{name: arrays[name] for name in Candidates._fields})
+
+
+def statistics(candidates: Candidates, queries: Queries, rows: Rows, log: Log) -> dict[str, float]:
+    """How much is borrowed, from how near, and whether the donor knows the target.
+
+    `donor_has_target_*` is the share of positive rows whose query borrows the target item, less that of negative
+    rows: a value on training rows above that on test rows is the label leaking into the choice of the donor.
+    """
+    kept_QS, real_QS = candidates.kept_QS, candidates.item_QS > 0
+    near_QS = np.where(real_QS, candidates.donor_similarity_QS, np.nan)
+    out = {
+        "queries": float(len(kept_QS)),
+        "candidates_per_query": float(real_QS.sum() / max(len(kept_QS), 1)),
+        "borrowed_per_query": float(kept_QS.sum() / max(len(kept_QS), 1)),
+        "keep_rate": float(kept_QS.sum() / max(real_QS.sum(), 1)),
+        "donor_similarity": float(np.nanmean(near_QS)) if real_QS.any() else 0.0,
+        "distinct_donors": float(len(np.unique(candidates.donor_QS[real_QS]))),
+    }
+    for name, split in (("train", TRAIN), ("test", TEST)):
+        row_R = np.flatnonzero((rows.split_E == split) & (queries.query_E >= 0))
+        has_R = np.zeros(len(row_R), bool)
+        for begin in range(0, len(row_R), 4096):
+            part_R = row_R[begin : begin + 4096]
+            query_R = queries.query_E[part_R]
+            same_RS = candidates.item_QS[query_R] == log.item_E[part_R][:, None]
+            has_R[begin : begin + 4096] = (same_RS & kept_QS[query_R]).any(axis=1)
+        positive_R = log.label_E[row_R] > 0
+        if positive_R.any() and not positive_R.all():
+            out[f"borrows_target_{name}"] = float(has_R.mean())
+            out[f"borrows_target_auc_{name}"] = float(0.5 + (has_R[positive_R].mean() - has_R[~positive_R].mean()) / 2)
+    return out
+
+
+def write_parquet(path: pathlib.Path, candidates: Candidates, queries: Queries, rows: Rows, dataset: Dataset) -> None:
+    """One row a candidate item, with ids of the source.
+
+    Columns: user, history_length (own events the donor was looked up with), donor, similarity (of user and donor),
+    item, item_similarity (Eq. 16), kept, position (place in the borrowed sequence from 0, -1 where not kept).
+
+    Raises:
+        ImportError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("writing Parquet needs pyarrow: pip install marsjax[tabular]") from error
+    query_S, slot_S = np.nonzero(candidates.item_QS > 0)
+    kept_S = candidates.kept_QS[query_S, slot_S]
+    position_QS = np.cumsum(candidates.kept_QS, axis=1) - 1
+    user_S = queries.user_Q[query_S]
+    raw_user_U, raw_item_N = dataset.log.raw_user_U, dataset.items.raw_id_N
+    columns = {
+        "user": raw_user_U[user_S],
+        "history_length": (queries.end_Q - rows.histories.start_U1[queries.user_Q])[query_S],
+        "donor": raw_user_U[candidates.donor_QS[query_S, slot_S]],
+        "similarity": candidates.donor_similarity_QS[query_S, slot_S],
+        "item": raw_item_N[candidates.item_QS[query_S, slot_S]],
+        "item_similarity": candidates.similarity_QS[query_S, slot_S],
+        "kept": kept_S,
+        "position": np.where(kept_S, position_QS[query_S, slot_S], -1).astype(np.int32),
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table(columns), partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,36 @@
+"""Mean pooling of the history and a tower: the simplest backbone (Covington et al., 2016)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from marsjax.ctr.activations import Tower
+from marsjax.ctr.items import ItemEmbedding, user_embedding
+from marsjax.records import CtrBatch, ItemTables
+
+
+class Dnn(nn.Module):
+    """The mean of the history items beside the target, then a tower. Attributes as in `Din`."""
+
+    n_items: int
+    n_categories: int
+    n_users: int = 0
+    embedding: int = 10
+    tower: tuple[int, ...] = (200, 80)
+    activation: str = "prelu"
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, batch: CtrBatch, tables: ItemTables, *, train: bool) -> jax.Array:
+        """Returns logit_B. Padding of the history and of the batch changes nothing."""
+        item_ND = ItemEmbedding(self.n_items, self.n_categories, self.embedding)(tables)
+        target_BD, history_BLD = item_ND[batch.target_B], item_ND[batch.history_BL]
+        mask_BL = (batch.history_BL > 0).astype(jnp.float32)
+        mean_BD = jnp.einsum("bl,bld->bd", mask_BL, history_BLD)
+        mean_BD = mean_BD / jnp.maximum(jnp.sum(mask_BL, axis=1, keepdims=True), 1.0)
+        features_BF = jnp.concatenate([target_BD, mean_BD, target_BD * mean_BD], axis=1)
+        if self.n_users:
+            features_BF = jnp.concatenate([features_BF, user_embedding(self, self.n_users, self.embedding, batch)], axis=1)
+        return Tower(self.tower, self.activation, self.axis_name)(features_BF, batch.weight_B, train=train)

@@ -1,0 +1,288 @@
+"""Batches for both training stages: whole batches gathered with NumPy under an own seeded permutation, served by Grain.
+
+Per-example pipelines run at a hundredth of a gather's speed, so a Grain source here *is* a list of batches: item i of
+the source is batch i of the whole training, made from (seed, i) alone. A checkpoint therefore holds one number, and
+batch i is the same whether the run was interrupted or not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+import grain.python as grain
+import numpy as np
+
+from marsjax.data.histories import gather_histories
+from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Log, Rows
+
+Batch = TypeVar("Batch")
+
+
+class Epoch(NamedTuple):
+    """The plan of one epoch: rows of batch i are row_E[start_I1[i]:start_I1[i + 1]], padded to length_I[i]."""
+
+    row_E: np.ndarray  # [E'] int64, event numbers
+    start_I1: np.ndarray  # [I + 1] int64
+    length_I: np.ndarray  # [I] int64
+
+
+class BatchSource(Generic[Batch]):
+    """A random-access source of batches for Grain."""
+
+    def __init__(self, make: Callable[[int], Batch], count: int):
+        self._make, self._count = make, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._make(int(index))
+
+
+def iterate(source: BatchSource[Batch], *, threads: int = 2) -> grain.DatasetIterator[Batch]:
+    """An iterator with `get_state` and `set_state`; batches are made ahead by `threads` threads, in order."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * max(threads, 1))
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+
+
+def pad_to(size: int, value: np.ndarray, dtype: type) -> np.ndarray:
+    """`value` with zero rows appended up to `size` rows."""
+    out = np.zeros((size, *value.shape[1:]), dtype)
+    out[: len(value)] = value
+    return out
+
+
+def history_lengths(
+    rows: Rows, row_B: np.ndarray, *, cap: int, augmentation: Augmentation | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Own and borrowed entries of each row, [B] each; own ones come first when `cap` bites."""
+    histories = rows.histories
+    own_B = np.minimum(histories.end_E[row_B] - histories.start_U1[rows.user_E[row_B]], cap)
+    if augmentation is None:
+        return own_B, np.zeros_like(own_B)
+    start_Q1, query_B = augmentation.borrowed.start_Q1, augmentation.queries.query_E[row_B]
+    # Query -1 reads start_Q1[0] on both sides: nothing is available to it.
+    available_B = start_Q1[query_B + 1] - start_Q1[np.maximum(query_B, 0)]
+    return own_B, np.minimum(available_B, cap - own_B)
+
+
+def ctr_batch(
+    log: Log,
+    rows: Rows,
+    row_B: np.ndarray,
+    *,
+    length: int,
+    size: int,
+    cap: int,
+    augmentation: Augmentation | None = None,
+) -> CtrBatch:
+    """Gathers CTR rows `row_B` (event numbers) into a batch of `size` rows and histories of `length`.
+
+    The history is the borrowed items followed by the own ones (Eq. 18), cut to the last `cap`, so that own events
+    survive. With `augmentation.time_safe` a borrowed item that the donor met after the target is blanked; with `drop_target` one
+    that is the target itself is.
+    """
+    histories = rows.histories
+    own_B, extra_B = history_lengths(rows, row_B, cap=cap, augmentation=augmentation)
+    total_B = own_B + extra_B
+    if total_B.max(initial=0) > length:
+        raise ValueError(f"history of {total_B.max()} entries does not fit a batch of length {length}")
+    column_1L = np.arange(length)[None, :]
+    is_own_BL = (column_1L >= extra_B[:, None]) & (column_1L < total_B[:, None])
+    own_at_BL = (histories.end_E[row_B] - total_B)[:, None] + column_1L
+    item_H = histories.item_H if len(histories.item_H) else np.zeros(1, np.int32)
+    history_BL = np.where(is_own_BL, item_H[np.where(is_own_BL, own_at_BL, 0)], 0)
+    borrowed_BL = np.zeros(history_BL.shape, bool)
+    if augmentation is not None and extra_B.any():
+        borrowed = augmentation.borrowed
+        is_borrowed_BL = column_1L < extra_B[:, None]
+        # The last `extra` of what the query borrows: the same end survives as in the concatenated sequence.
+        first_B = borrowed.start_Q1[augmentation.queries.query_E[row_B] + 1] - extra_B
+        at_BL = np.where(is_borrowed_BL, first_B[:, None] + column_1L, 0)
+        if augmentation.time_safe:
+            is_borrowed_BL &= borrowed.time_S[at_BL] <= log.time_E[row_B][:, None]
+        if augmentation.drop_target:
+            is_borrowed_BL &= borrowed.item_S[at_BL] != log.item_E[row_B][:, None]
+        history_BL = np.where(is_borrowed_BL, borrowed.item_S[at_BL], history_BL)
+        borrowed_BL = is_borrowed_BL
+
+    return CtrBatch(
+        user_B=pad_to(size, rows.user_E[row_B] + 1, np.int32),
+        target_B=pad_to(size, log.item_E[row_B], np.int32),
+        label_B=pad_to(size, log.label_E[row_B], np.float32),
+        weight_B=pad_to(size, np.ones(len(row_B)), np.float32),
+        history_BL=pad_to(size, history_BL, np.int32),
+        borrowed_BL=pad_to(size, borrowed_BL, np.bool_),
+    )
+
+
+def plan_epoch(length_R: np.ndarray, row_R: np.ndarray, *, size: int, buckets: tuple[int, ...], seed: int) -> Epoch:
+    """Shuffles rows, groups them by the shortest bucket that holds their history, and shuffles the batches.
+
+    Real histories are far shorter than the cap, so buckets save most of the arithmetic; few lengths keep the number
+    of compiled steps small. The number of batches does not depend on the seed.
+    """
+    generator = np.random.default_rng(seed)
+    shuffled_R = generator.permutation(len(row_R))
+    bucket_R = np.searchsorted(np.asarray(buckets), length_R[shuffled_R])
+    shuffled_R = shuffled_R[np.argsort(bucket_R, kind="stable")]
+    count_K = np.bincount(bucket_R, minlength=len(buckets))
+    if len(count_K) > len(buckets):
+        raise ValueError(f"a history of {length_R.max()} entries is longer than the longest bucket, {buckets[-1]}")
+    batches_K = -(-count_K // size)
+    length_I = np.repeat(np.asarray(buckets), batches_K)
+    size_I = np.full(batches_K.sum(), size)
+    last_K = (np.cumsum(batches_K) - 1)[batches_K > 0]
+    size_I[last_K] = (count_K - (batches_K - 1) * size)[batches_K > 0]
+    start_I = np.cumsum(size_I) - size_I
+    order_I = generator.permutation(len(length_I))
+    # Lay the rows of the batches out in the order in which the batches are served.
+    size_I, start_I, length_I = size_I[order_I], start_I[order_I], length_I[order_I]
+    start_I1 = np.concatenate([[0], np.cumsum(size_I)])
+    gather_R = np.repeat(start_I - start_I1[:-1], size_I) + np.arange(start_I1[-1])
+    return Epoch(row_E=row_R[shuffled_R[gather_R]], start_I1=start_I1, length_I=length_I)
+
+
+def ctr_source(
+    log: Log,
+    rows: Rows,
+    row_R: np.ndarray,
+    *,
+    size: int,
+    cap: int,
+    buckets: tuple[int, ...],
+    epochs: int,
+    seed: int,
+    augmentation: Augmentation | None = None,
+) -> tuple[BatchSource[CtrBatch], int]:
+    """Training batches over `epochs` epochs of the rows `row_R`, and the number of batches in one epoch."""
+    buckets = tuple(sorted({min(bucket, cap) for bucket in buckets} | {cap}))
+    own_R, extra_R = history_lengths(rows, row_R, cap=cap, augmentation=augmentation)
+    length_R = own_R + extra_R
+
+    @functools.lru_cache(maxsize=2)
+    def epoch_plan(epoch: int) -> Epoch:
+        return plan_epoch(length_R, row_R, size=size, buckets=buckets, seed=hash_seed(seed, epoch))
+
+    per_epoch = len(epoch_plan(0).length_I)
+
+    def make(index: int) -> CtrBatch:
+        plan = epoch_plan(index // per_epoch)
+        i = index % per_epoch
+        return ctr_batch(
+            log,
+            rows,
+            plan.row_E[plan.start_I1[i] : plan.start_I1[i + 1]],
+            length=int(plan.length_I[i]),
+            size=size,
+            cap=cap,
+            augmentation=augmentation,
+        )
+
+    return BatchSource(make, per_epoch * epochs), per_epoch
+
+
+def hash_seed(*numbers: int) -> int:
+    """One seed from several, so that (seed, epoch) and (seed + 1, epoch - 1) share nothing."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def alignment_source(
+    log: Log,
+    rows: Rows,
+    *,
+    blocks: int,
+    targets: int,
+    length: int,
+    stein_items: int,
+    steps: int,
+    seed: int,
+) -> tuple[BatchSource[AlignmentBatch], int]:
+    """Batches of the alignment stage, and the number of batches in one epoch.
+
+    The training events of a user are cut into blocks of `targets` consecutive events. A block shares one history, the
+    `length` items before its first target, so it is encoded once, and no target is ever in its own history. The first
+    event of a user has no history and is no target. An epoch visits every block once.
+
+    Stein items are drawn from the distinct items of the batch, at most `stein_items`: an item that repeats would count
+    as a mode of the distribution whose score is estimated.
+    """
+    histories = rows.histories
+    train_U = rows.train_length_U
+    first_U = log.start_U1[:-1]
+    blocks_U = -(-np.maximum(train_U - 1, 0) // targets)
+    user_X = np.repeat(np.arange(len(train_U)), blocks_U)
+    number_X = np.arange(blocks_U.sum()) - np.repeat(np.cumsum(blocks_U) - blocks_U, blocks_U)
+    begin_X = first_U[user_X] + 1 + number_X * targets
+    if not len(begin_X):
+        raise ValueError("alignment: expected users with at least 2 training events, found none")
+    per_epoch = -(-len(begin_X) // blocks)
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng(hash_seed(seed, epoch)).permutation(len(begin_X))
+
+    def make(index: int) -> AlignmentBatch:
+        block_B = order(index // per_epoch)[(index % per_epoch) * blocks :][:blocks]
+        user_B, begin_B = user_X[block_B], begin_X[block_B]
+        event_BT = begin_B[:, None] + np.arange(targets)
+        inside_BT = event_BT < (first_U + train_U)[user_B][:, None]
+        event_BT = np.where(inside_BT, event_BT, 0)
+        history_BL = gather_histories(histories, user_B, histories.end_E[begin_B], cap=length)
+        target_BT = np.where(inside_BT, log.item_E[event_BT], 0)
+        distinct = np.unique(np.concatenate([history_BL.ravel(), target_BT.ravel()]))
+        distinct = np.random.default_rng(hash_seed(seed, index, 1)).permutation(distinct[distinct > 0])
+        stein_item_N = np.zeros(stein_items, np.int32)
+        stein_item_N[: len(distinct)] = distinct[:stein_items]
+
+        return AlignmentBatch(
+            history_BL=pad_to(blocks, history_BL, np.int32),
+            target_BT=pad_to(blocks, target_BT, np.int32),
+            label_BT=pad_to(blocks, np.where(inside_BT, log.label_E[event_BT], 0), np.float32),
+            weight_BT=pad_to(blocks, inside_BT, np.float32),
+            stein_item_N=stein_item_N,
+        )
+
+    return BatchSource(make, steps), per_epoch
+
+
+class EvaluationBatches(NamedTuple):
+    """Batches over given rows; concatenating their rows of weight 1 gives the rows in the order `order_R`."""
+
+    batches: Callable[[], Iterator[CtrBatch]]
+    order_R: np.ndarray  # [R] positions in the rows asked for
+
+
+def evaluation_batches(
+    log: Log,
+    rows: Rows,
+    row_R: np.ndarray,
+    *,
+    size: int,
+    cap: int,
+    buckets: tuple[int, ...],
+    augmentation: Augmentation | None = None,
+) -> EvaluationBatches:
+    """Every row once, sorted by history length so that short ones share short batches."""
+    bound_K = np.asarray(sorted({min(bucket, cap) for bucket in buckets} | {cap}))
+    own_R, extra_R = history_lengths(rows, row_R, cap=cap, augmentation=augmentation)
+    bucket_R = np.searchsorted(bound_K, own_R + extra_R)
+    order_R = np.argsort(bucket_R, kind="stable")
+
+    def batches() -> Iterator[CtrBatch]:
+        for bucket, bound in enumerate(bound_K):
+            member_R = order_R[bucket_R[order_R] == bucket]
+            for begin in range(0, len(member_R), size):
+                yield ctr_batch(
+                    log,
+                    rows,
+                    row_R[member_R[begin : begin + size]],
+                    length=int(bound),
+                    size=size,
+                    cap=cap,
+                    augmentation=augmentation,
+                )
+
+    return EvaluationBatches(batches, order_R)

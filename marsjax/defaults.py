@@ -1,0 +1,128 @@
+"""Every configuration value with its default: the one place to read what can be set.
+
+`default_config("mars")` is what works and the default; `default_config("paper")` is MARS as printed. Files under
+configs/ start from one of them and override what differs.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict, config_dict
+
+
+def default_config(preset: str = "mars") -> ConfigDict:
+    """The complete configuration of a preset, "mars" or "paper"."""
+    config = ConfigDict()
+    config.seeds = (0,)  # one full run for each: alignment, augmentation and CTR
+
+    config.data = data = ConfigDict()
+    data.source = "synthetic"  # synthetic, movielens, tabular
+    data.folder = ""  # movielens: the official folder
+    data.events = ""  # tabular: Parquet or CSV with one row an interaction
+    data.items = ""  # tabular: Parquet or CSV with one row an item; "" takes the items from the events
+    data.text_features = ""  # .npz, .npy or Parquet with one vector an item; "" does without
+    data.image_features = ""
+    data.image_folder = ""  # images named by item id, checked for completeness; "" skips the check
+    data.label_threshold = config_dict.placeholder(float)  # label = value >= threshold; None: the column is 0/1
+    data.min_item_events = 1  # items with fewer events are dropped
+    data.min_user_events = 1
+    data.strict = False  # refuse bad rows instead of dropping them
+    data.columns = columns = ConfigDict()  # tabular: our name -> the file's name
+    columns.user = "user"
+    columns.item = "item"
+    columns.label = "label"
+    columns.time = "time"
+    columns.title = ""  # of the items file; "" where there is none
+    columns.categories = ""
+    data.category_separator = "|"
+    data.synthetic = synthetic_config()
+
+    config.split = split = ConfigDict()
+    split.kind = "leave_one_out"  # leave_one_out, last_fraction, global_time
+    split.fraction_test = 0.2
+    split.fraction_valid = 0.1
+    split.low_fraction = 0.3  # the bottom 30% of users by training events are low-active (section 4.1.3)
+    split.high_fraction = 0.3  # the top 30% are high-active, and the only donors
+    split.history = "all"  # what a history holds: all events, or positives only
+    split.seed = 0  # breaks ties of activity
+
+    config.alignment = alignment = ConfigDict()
+    alignment.modalities = ("text", "image")  # keys and values of Eq. 9, then its queries; (), one or two
+    alignment.id_width = 128
+    alignment.width = 256
+    alignment.hidden = 128  # of the FFN of Eq. 12; the paper gives none
+    alignment.beta = 0.1  # Eq. 14; the paper gives none
+    alignment.lambda_ = 0.1  # Eq. 8; the paper gives none
+    alignment.eta = 0.1  # ridge of the score estimator: the best compromise over D = 2..256
+    alignment.estimator = "stein"  # stein, ssge
+    alignment.normalise = True  # unnormalised vectors have unbounded entropy
+    alignment.residual = True  # Eq. 11 has no residual: text and image would only weigh ids
+    alignment.entropy_sign = "dispersive"  # dispersive spreads the space; printed contracts it (Eqs. 7-8)
+    alignment.epochs = 1.0  # over all training events
+    alignment.blocks = 64  # histories a batch
+    alignment.targets = 16  # targets that share a history
+    alignment.history = 50  # the last items of a history that are encoded in training
+    alignment.stein_items = 512  # distinct items the Stein loss is computed over; the paper's batch
+    alignment.learning_rate = 1e-3
+    alignment.weight_decay = 1e-2
+    alignment.clip = 1.0  # global gradient norm
+
+    config.retrieval = retrieval = ConfigDict()
+    retrieval.backend = "usearch"  # usearch, exact
+    retrieval.donors = 5  # nearest high-active users a query gets; strategies of one donor use the first
+    retrieval.history = 200  # the last items a user vector is the mean of
+    retrieval.centre = True  # subtract the donors' mean: mean-pooled vectors share a large common part
+    retrieval.prefix_stride = 4  # donors of a training row from the prefix before it; 0: the whole history (leaks)
+
+    config.augmentation = augmentation = ConfigDict()
+    augmentation.strategy = "filter"  # most_similar, filter, kth_similar, dp (section 4.4)
+    augmentation.theta = config_dict.placeholder(float)  # Eq. 17 as a value
+    augmentation.theta_quantile = 0.5  # Eq. 17 as a quantile of the donor's items; the paper gives no theta
+    augmentation.vectors = "contextual"  # item vectors of Eq. 16 in the donor's history, or static ones
+    augmentation.time_safe = False  # borrow nothing that the donor met after the target
+    augmentation.drop_target = False  # never borrow the target itself
+
+    config.ctr = ctr = ConfigDict()
+    ctr.backbone = "din"  # din, dnn
+    ctr.embedding = 10
+    ctr.attention = (32,)
+    ctr.tower = (200, 80)
+    ctr.softmax = True  # of DIN's attention over the history
+    ctr.activation = "prelu"  # prelu, dice
+    ctr.user_id = True  # an embedding of the user's id beside the history
+    ctr.cap = 200  # longest history; own events survive
+    ctr.buckets = (25, 50, 100, 200)  # history lengths that are compiled
+    ctr.batch_size = 512
+    ctr.epochs = 3
+    ctr.evaluations_per_epoch = 1
+    ctr.learning_rate = 1e-3
+    ctr.weight_decay = 0.0
+    ctr.clip = 10.0
+    ctr.patience = 1  # evaluations without a better validation AUC before training stops
+    ctr.plateau_factor = 1.0  # learning rate factor after such an evaluation; 1 is off
+
+    config.training = training = ConfigDict()
+    training.sharding = "pmap"  # pmap, shard_map, single
+    training.checkpoint_seconds = 30.0
+    training.log_steps = 50
+
+    config.evaluation = evaluation = ConfigDict()
+    evaluation.methods = ("base", "random_donor", "popular_items", "mars")
+    evaluation.bootstrap = 1000  # resamples of the users
+    evaluation.inputs = "ids"  # how reports name the inputs of the CTR model
+
+    if preset == "paper":
+        alignment.normalise = False  # nothing in Eqs. 3-8 normalises
+        alignment.residual = False  # Eq. 11 as printed
+        alignment.entropy_sign = "printed"  # Eqs. 7-8 as printed
+        alignment.blocks = 512  # section 4.1.3
+        alignment.targets = 1
+        retrieval.centre = False  # Eq. 15 as printed
+        retrieval.prefix_stride = 0  # Eq. 15 with all that is known of the user
+    elif preset != "mars":
+        raise ValueError(f"preset: expected 'mars' or 'paper', found {preset!r}")
+    return config
+
+
+def synthetic_config() -> ConfigDict:
+    """Sizes of the planted data; the arguments of `marsjax.data.synthetic.make_synthetic`."""
+    return ConfigDict({"seed": 0})

@@ -1,0 +1,99 @@
+"""Item and user tables in the aligned space, Eq. 13, computed in batches of fixed shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from marsjax.alignment import FeatureTables, MultimodalEncoder
+from marsjax.data.histories import gather_histories
+from marsjax.records import Histories
+
+PyTree = Any
+
+
+def in_chunks(
+    function: Callable[[np.ndarray], PyTree], value_X: np.ndarray, *, size: int, advance: Callable[[int], None] = lambda n: None
+) -> PyTree:
+    """Applies a jitted function to fixed-size chunks of the leading axis and joins the results on the host.
+
+    The last chunk is padded with zeros, so that one shape is compiled whatever the count. `advance` hears how many
+    rows each chunk finished.
+    """
+    parts = []
+    for begin in range(0, max(len(value_X), 1), size):
+        chunk = value_X[begin : begin + size]
+        padded = np.zeros((size, *value_X.shape[1:]), value_X.dtype)
+        padded[: len(chunk)] = chunk
+        part = jax.device_get(function(padded))
+        parts.append(jax.tree.map(lambda leaf, n=len(chunk): leaf[:n], part))
+        advance(len(chunk))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def item_vectors(
+    encoder: MultimodalEncoder, params: PyTree, tables: FeatureTables, *, n_items: int, size: int = 1024
+) -> np.ndarray:
+    """Static item vectors [N, D] float32: each item in a history of its own. Row 0 is zero."""
+
+    @jax.jit
+    def static(item_B: np.ndarray, params: PyTree, tables: FeatureTables) -> jax.Array:
+        return encoder.apply({"params": params}, item_B, tables, method="static")  # type: ignore[return-value]
+
+    return in_chunks(lambda item_B: static(item_B, params, tables), np.arange(n_items, dtype=np.int32), size=size)
+
+
+def user_vectors(
+    encoder: MultimodalEncoder,
+    params: PyTree,
+    tables: FeatureTables,
+    histories: Histories,
+    user_Q: np.ndarray,
+    end_Q: np.ndarray,
+    *,
+    cap: int,
+    size: int = 128,
+    advance: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:
+    """User vectors [Q, D] float32, Eq. 13, of users at given ends of their history; zero where it is empty.
+
+    Histories are sorted by length and padded to the shortest of a few lengths, since attention costs the square.
+    """
+
+    @jax.jit
+    def mean(history_BL: np.ndarray, params: PyTree, tables: FeatureTables) -> jax.Array:
+        return encoder.apply({"params": params}, history_BL, tables, method="encode")[1]  # type: ignore[index]
+
+    length_Q = np.minimum(end_Q - histories.start_U1[user_Q], cap)
+    bounds = [bound for bound in (16, 64) if bound < cap] + [cap]
+    bucket_Q = np.searchsorted(np.asarray(bounds), length_Q)
+    out_QD = np.zeros((len(user_Q), encoder.width), np.float32)
+    for bucket, bound in enumerate(bounds):
+        member_Q = np.flatnonzero(bucket_Q == bucket)
+        if len(member_Q):
+            history_QL = gather_histories(histories, user_Q[member_Q], end_Q[member_Q], cap=bound)
+            out_QD[member_Q] = in_chunks(
+                lambda history_BL: mean(history_BL, params, tables), history_QL, size=size, advance=advance
+            )
+    return out_QD
+
+
+def contextual_vectors(
+    encoder: MultimodalEncoder,
+    params: PyTree,
+    tables: FeatureTables,
+    history_BL: np.ndarray,
+    *,
+    size: int = 64,
+    advance: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:
+    """Item vectors [B, L, D] float32 of each history in its own context (the literal Eq. 16); zero at padding."""
+
+    @jax.jit
+    def contextual(history_BL: np.ndarray, params: PyTree, tables: FeatureTables) -> jax.Array:
+        return encoder.apply({"params": params}, history_BL, tables, method="encode")[0]  # type: ignore[index]
+
+    return in_chunks(lambda chunk_BL: contextual(chunk_BL, params, tables), history_BL, size=size, advance=advance)

@@ -1,0 +1,60 @@
+"""Progress of long work: a bar with rate and time left on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import rich.console
+import rich.progress
+
+log = logging.getLogger(__name__)
+
+Advance = Callable[..., None]
+
+
+class _Rate(rich.progress.ProgressColumn):
+    def render(self, task: rich.progress.Task) -> str:  # type: ignore[override]
+        return f"{task.speed:,.0f}/s" if task.speed else ""
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, *, done: int = 0, every_seconds: float = 10.0) -> Iterator[Advance]:
+    """Yields `advance(n, note="")`, to be called when `n` more of `total` units are done."""
+    console = rich.console.Console(stderr=True)
+    if console.is_terminal:
+        columns = (
+            "{task.description}",
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            _Rate(),
+            rich.progress.TimeRemainingColumn(),
+            "{task.fields[note]}",
+        )
+        with rich.progress.Progress(*columns, console=console) as bar:
+            task = bar.add_task(title, total=total, completed=done, note="")
+
+            def advance_bar(n: int = 1, note: str | None = None) -> None:
+                bar.update(task, advance=n, **({} if note is None else {"note": note}))
+
+            yield advance_bar
+        return
+
+    began = last = time.monotonic()
+    finished, text = done, ""
+
+    def advance_line(n: int = 1, note: str | None = None) -> None:
+        nonlocal finished, last, text
+        finished += n
+        text = text if note is None else note
+        now = time.monotonic()
+        if now - last >= every_seconds:
+            last = now
+            rate = (finished - done) / (now - began)
+            left = (total - finished) / rate if rate else float("inf")
+            log.info("%s %d/%d %.1f/s %.0f s left %s", title, finished, total, rate, left, text)
+
+    yield advance_line
+    log.info("%s done in %.1f s %s", title, time.monotonic() - began, text)

@@ -1,0 +1,169 @@
+"""The values that cross a border between stages, and the axis letters.
+
+Axis letters, used as suffixes of local arrays (``history_BL``) and in the comments of fields (``# [B, L]``):
+
+    B batch rows      L history positions   K neighbours   N items, row 0 is padding   U users
+    D embedding width M modalities          F raw features E events                    G categories of an item
+    Q retrieval queries                     S slots of borrowed items                  C candidates
+
+Items are numbered 1..N-1 and 0 is padding everywhere. Users are numbered 0..U-1 and -1 is "no user".
+All records hold NumPy arrays on the host unless their docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+TRAIN, VALID, TEST = 0, 1, 2  # values of Rows.split_E
+LOW, MIDDLE, HIGH = 0, 1, 2  # values of activity groups
+GROUP_NAMES = ("low", "middle", "high")
+
+
+class Problem(NamedTuple):
+    """One kind of defect found in the input, and what was done about it."""
+
+    kind: str  # short slug: "unknown_item", "duplicate_event", "nan_feature", ...
+    count: int  # how many rows, items or files have it
+    action: str  # "dropped", "masked", "reordered", "kept"
+    where: tuple[str, ...]  # the first few places, e.g. "ratings.dat:17"
+
+
+class Modality(NamedTuple):
+    """Features of the items in one modality (text, image, ...)."""
+
+    feature_NF: np.ndarray  # [N, F] float32; all-zero where absent
+    present_N: np.ndarray  # [N] bool; False at row 0 and for items without (usable) features
+
+
+class Items(NamedTuple):
+    """The catalogue. Row 0 of every array is padding."""
+
+    raw_id_N: np.ndarray  # [N] str, the ids of the source; "" at row 0
+    title_N: np.ndarray  # [N] str, may be ""
+    category_NG: np.ndarray  # [N, G] int32 category numbers from 1, 0 is padding
+    category_names: tuple[str, ...]  # name of category g at position g, "" at 0
+    modalities: Mapping[str, Modality]  # by name, in a fixed order
+
+
+class Log(NamedTuple):
+    """Interactions, grouped by user (CSR), each user's events in time order."""
+
+    start_U1: np.ndarray  # [U + 1] int64; events of user u are start_U1[u]:start_U1[u + 1]
+    item_E: np.ndarray  # [E] int32 in 1..N-1
+    label_E: np.ndarray  # [E] float32, 0 or 1
+    time_E: np.ndarray  # [E] int64, seconds or any monotone clock
+    raw_user_U: np.ndarray  # [U] str, the ids of the source
+
+
+class Dataset(NamedTuple):
+    """What a source returns: everything is checked, numbered and sorted."""
+
+    name: str
+    log: Log
+    items: Items
+    problems: tuple[Problem, ...]
+    fingerprint: str  # sha256 over the content; equal data have equal fingerprints
+    oracle_E: np.ndarray | None = None  # [E] float32, the true click probability (synthetic data only)
+
+
+class Histories(NamedTuple):
+    """Which earlier items a model may see for each event, without copying them per row."""
+
+    start_U1: np.ndarray  # [U + 1] int64 into item_H
+    item_H: np.ndarray  # [H] int32, history items of all users, in time order
+    time_H: np.ndarray  # [H] int64
+    label_H: np.ndarray  # [H] float32, the feedback given to the history item
+    end_E: np.ndarray  # [E] int64; event e sees item_H[start of its user:end_E[e]]
+    train_end_U: np.ndarray  # [U] int64; training history of u is item_H[start_U1[u]:train_end_U[u]]
+
+
+class Rows(NamedTuple):
+    """A log made ready for learning: splits, histories and activity groups."""
+
+    user_E: np.ndarray  # [E] int32
+    split_E: np.ndarray  # [E] int8: TRAIN, VALID or TEST; -1 is not used
+    histories: Histories
+    group_U: np.ndarray  # [U] int8: LOW, MIDDLE or HIGH, by length of the training history
+    train_length_U: np.ndarray  # [U] int64
+
+
+class Embeddings(NamedTuple):
+    """The aligned space: static item vectors and user vectors (Eq. 13)."""
+
+    item_ND: np.ndarray  # [N, D] float32, the item alone (a history of one); row 0 is zero
+    user_UD: np.ndarray  # [U, D] float32 from the training history; zero where it is empty
+
+
+class Neighbours(NamedTuple):
+    """Result of a search. Always [B, K], whatever B and K; padding is -1, -inf, False."""
+
+    user_BK: np.ndarray  # [B, K] int64
+    similarity_BK: np.ndarray  # [B, K] float32, cosine, descending
+    valid_BK: np.ndarray  # [B, K] bool
+
+
+class Queries(NamedTuple):
+    """Who borrows, and from which prefix of the own history the donor was looked up."""
+
+    user_Q: np.ndarray  # [Q] int32
+    end_Q: np.ndarray  # [Q] int64, the query saw item_H[start of user:end_Q]
+    query_E: np.ndarray  # [E] int32, the query event e borrows through; -1 borrows nothing
+
+
+class Borrowed(NamedTuple):
+    """What each query borrows (CSR by query), in the order in which it is prepended to the own history."""
+
+    start_Q1: np.ndarray  # [Q + 1] int64
+    item_S: np.ndarray  # [S] int32
+    time_S: np.ndarray  # [S] int64, when the donor met the item
+    donor_S: np.ndarray  # [S] int32
+    similarity_S: np.ndarray  # [S] float32, cosine of item and query user, Eq. 16
+
+
+class Augmentation(NamedTuple):
+    """Who borrows what, and which borrowed entries are blanked for a row."""
+
+    queries: Queries
+    borrowed: Borrowed
+    time_safe: bool = False  # blank what the donor met later than the target
+    drop_target: bool = False  # blank the target itself
+
+
+class Predictions(NamedTuple):
+    """Scores of one method and seed on evaluation rows."""
+
+    user_B: np.ndarray  # [B] int32
+    item_B: np.ndarray  # [B] int32
+    label_B: np.ndarray  # [B] float32
+    score_B: np.ndarray  # [B] float32, probability
+    group_B: np.ndarray  # [B] int8, activity group of the row's user
+
+
+class CtrBatch(NamedTuple):
+    """One batch of CTR rows. Rows of weight 0 are padding; history entries of id 0 are padding."""
+
+    user_B: np.ndarray  # [B] int32, the user's number + 1; 0 is padding
+    target_B: np.ndarray  # [B] int32
+    label_B: np.ndarray  # [B] float32
+    weight_B: np.ndarray  # [B] float32, 1 or 0
+    history_BL: np.ndarray  # [B, L] int32, borrowed items first, then the own ones in time order
+    borrowed_BL: np.ndarray  # [B, L] bool, True where the entry was borrowed
+
+
+class AlignmentBatch(NamedTuple):
+    """One batch of the alignment stage: T targets for each history, and the items the Stein loss is computed over."""
+
+    history_BL: np.ndarray  # [B, L] int32
+    target_BT: np.ndarray  # [B, T] int32, all of them later than the history
+    label_BT: np.ndarray  # [B, T] float32
+    weight_BT: np.ndarray  # [B, T] float32, 1 or 0
+    stein_item_N: np.ndarray  # [N'] int32, distinct items of the whole batch; 0 is padding
+
+
+class ItemTables(NamedTuple):
+    """Constants of the items that a CTR model reads beside their ids."""
+
+    category_NG: np.ndarray  # [N, G] int32, 0 is padding

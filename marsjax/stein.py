@@ -1,0 +1,148 @@
+"""RBF kernel, median bandwidth, score estimators and the entropy surrogate: pure functions, Eqs. 5-8.
+
+Every function takes padded samples with a mask; padded rows change nothing. All arithmetic is float32 at the highest
+matmul precision, because (K + eta I) has a condition number of about 3e3 at eta = 0.1 and bfloat16 would drown the score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+class ScoreEstimator(Protocol):
+    """The signature that `stein_score` and `ssge_score` share."""
+
+    def __call__(self, x_ND: jax.Array, mask_N: jax.Array) -> jax.Array: ...
+
+
+def squared_distances(x_ND: jax.Array, y_MD: jax.Array) -> jax.Array:
+    """Squared Euclidean distances [N, M], by the Gram matrix, so that no [N, M, D] tensor exists.
+
+    Both sets are moved by the mean of `y_MD` first: the Gram form loses digits when points lie far from the origin.
+    """
+    origin_1D = lax.stop_gradient(jnp.mean(y_MD, axis=0, keepdims=True))
+    x_ND, y_MD = x_ND - origin_1D, y_MD - origin_1D
+    gram_NM = jnp.matmul(x_ND, y_MD.T, precision=HIGHEST)
+    square_N1 = jnp.sum(x_ND * x_ND, axis=1, keepdims=True)
+    square_1M = jnp.sum(y_MD * y_MD, axis=1)[None, :]
+    return jnp.maximum(square_N1 + square_1M - 2.0 * gram_NM, 0.0)
+
+
+def median(value_NM: jax.Array, valid_NM: jax.Array) -> jax.Array:
+    """The lower median of the valid, non-negative values; 0 where none is valid.
+
+    Selected by bisecting the bits of the float32 (non-negative floats sort as their bits do): 31 passes that count,
+    instead of a sort, which costs several times the Cholesky solve. No gradient flows.
+    """
+    bits_NM = lax.bitcast_convert_type(lax.stop_gradient(value_NM).astype(jnp.float32), jnp.int32)
+    n_valid = jnp.sum(valid_NM)
+    rank = (n_valid + 1) // 2  # how many values lie at or below the lower median
+
+    def bisect(step: jax.Array, answer: jax.Array) -> jax.Array:
+        # Setting this bit is right if fewer than `rank` values lie below the number so made.
+        candidate = answer | (jnp.int32(1) << (30 - step))
+        below = jnp.sum((bits_NM < candidate) & valid_NM)
+        return jnp.where(below < rank, candidate, answer)
+
+    answer = lax.fori_loop(0, 31, bisect, jnp.int32(0))
+    return jnp.where(n_valid > 0, lax.bitcast_convert_type(answer, jnp.float32), 0.0)
+
+
+def squared_bandwidth(square_NM: jax.Array, valid_NM: jax.Array) -> jax.Array:
+    """gamma^2 for Eq. 5: the squared median distance over the valid pairs. No gradient flows.
+
+    Never zero: where all points coincide any bandwidth is as good, and 1 keeps the kernel finite.
+    """
+    gamma2 = median(square_NM, valid_NM)
+    return jnp.where(gamma2 > 1e-12, gamma2, 1.0)
+
+
+def rbf_kernel(square_NM: jax.Array, gamma2: jax.Array) -> jax.Array:
+    """k = exp(-d^2 / (2 gamma^2)), Eq. 5, from squared distances [N, M]."""
+    return jnp.exp(-square_NM / (2.0 * gamma2))
+
+
+def _centred(x_ND: jax.Array, mask_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Centred samples, the kernel of the valid pairs without its diagonal, gamma^2 and the mask as float."""
+    keep_N = mask_N.astype(jnp.float32)
+    x_ND = lax.stop_gradient(x_ND).astype(jnp.float32)
+    mean_1D = jnp.sum(x_ND * keep_N[:, None], axis=0, keepdims=True) / jnp.maximum(jnp.sum(keep_N), 1.0)
+    x_ND = (x_ND - mean_1D) * keep_N[:, None]
+    pair_NN = (keep_N[:, None] * keep_N[None, :]).astype(bool) & ~jnp.eye(x_ND.shape[0], dtype=bool)
+    square_NN = squared_distances(x_ND, x_ND)
+    gamma2 = squared_bandwidth(square_NN, pair_NN)
+    kernel_NN = jnp.where(pair_NN, rbf_kernel(square_NN, gamma2), 0.0)
+    return x_ND, kernel_NN, gamma2, keep_N
+
+
+def stein_score(x_ND: jax.Array, mask_N: jax.Array, *, eta: float = 0.1) -> jax.Array:
+    """Estimate of grad log q at the samples, [N, D] float32, zero at padded rows. No gradient flows.
+
+    S = -(K + eta I)^-1 gamma^-2 (diag(K 1) - K) X (Li and Turner, arXiv 1705.07107), gamma the median pairwise
+    distance. With N = 512 Gaussian samples eta = 0.1 has the best worst case over D = 2..256; the relative error is
+    about 0.3 to 0.5 (`tests/stein_test.py`).
+    """
+    x_ND, kernel_NN, gamma2, keep_N = _centred(x_ND, mask_N)
+    drift_ND = jnp.sum(kernel_NN, axis=1, keepdims=True) * x_ND - jnp.matmul(kernel_NN, x_ND, precision=HIGHEST)
+    # A padded row gets 1 on the diagonal and nothing else, so it decouples from the solve.
+    system_NN = kernel_NN + (1.0 + eta) * jnp.eye(x_ND.shape[0], dtype=jnp.float32)
+    factor = jax.scipy.linalg.cho_factor(system_NN, lower=True)
+    return -jax.scipy.linalg.cho_solve(factor, drift_ND / gamma2) * keep_N[:, None]
+
+
+def ssge_score(x_ND: jax.Array, mask_N: jax.Array, *, explained: float = 0.95) -> jax.Array:
+    """The spectral estimator of the score (Shi et al., arXiv 1806.02925), behind the signature of `stein_score`.
+
+    Keeps the eigenvectors of K that hold `explained` of its trace. Slower (it needs all eigenvectors) and brittle
+    where the scales of the directions differ; here for comparison.
+    """
+    x_ND, kernel_NN, gamma2, keep_N = _centred(x_ND, mask_N)
+    count = jnp.maximum(jnp.sum(keep_N), 1.0)
+    kernel_NN = kernel_NN + jnp.diag(keep_N)
+    value_J, vector_NJ = jnp.linalg.eigh(kernel_NN)
+    value_J = jnp.maximum(value_J[::-1], 0.0)
+    vector_NJ = vector_NJ[:, ::-1]
+    before_J = jnp.cumsum(value_J) - value_J
+    use_J = (before_J < explained * jnp.sum(value_J)) & (value_J > 1e-6 * value_J[0])
+    function_NJ = jnp.sqrt(count) * vector_NJ * use_J[None, :] * keep_N[:, None]
+    # The derivative of the Nystroem extension of eigenfunction j at every sample, averaged: beta_j = -mean grad psi_j.
+    weight_NJ = function_NJ * jnp.where(use_J, 1.0 / jnp.maximum(value_J, 1e-12), 0.0)[None, :]
+    pulled_JD = jnp.matmul(weight_NJ.T, jnp.matmul(kernel_NN, x_ND, precision=HIGHEST), precision=HIGHEST)
+    spread_JD = jnp.matmul((weight_NJ * jnp.sum(kernel_NN, axis=0)[:, None]).T, x_ND, precision=HIGHEST)
+    beta_JD = -(spread_JD - pulled_JD) / gamma2 / count
+    return jnp.matmul(function_NJ, beta_JD, precision=HIGHEST) * keep_N[:, None]
+
+
+def alignment(x_ND: jax.Array, y_ND: jax.Array, mask_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """L_align of Eq. 6, the mean kernel of the matched pairs, in [0, 1], and the bandwidth gamma.
+
+    gamma is the median over all cross-modal pairs of the batch. Over the matched pairs alone the median kernel would
+    be exp(-1/2) however well they match, and nothing would be learnt.
+    """
+    pair_NN = mask_N[:, None] & mask_N[None, :]
+    gamma2 = squared_bandwidth(squared_distances(x_ND, y_ND), pair_NN)
+    matched_N = jnp.sum((x_ND - y_ND) ** 2, axis=1)
+    keep_N = mask_N.astype(jnp.float32)
+    mean = jnp.sum(rbf_kernel(matched_N, gamma2) * keep_N) / jnp.maximum(jnp.sum(keep_N), 1.0)
+    return mean, jnp.sqrt(gamma2)
+
+
+def entropy_surrogate(
+    x_ND: jax.Array, mask_N: jax.Array, *, score: Callable[[jax.Array, jax.Array], jax.Array] = stein_score
+) -> jax.Array:
+    """mean over samples of stop_gradient(score) . x: its gradient is minus the gradient of the entropy of q.
+
+    Only this surrogate means anything: by Stein's identity the value of Eq. 7 is the constant D whatever q is. So
+    *adding* it to a loss that is minimised raises the entropy; Eqs. 7-8 as printed subtract it, which lowers the
+    entropy and contracts the space.
+    """
+    keep_N = mask_N.astype(jnp.float32)
+    score_ND = lax.stop_gradient(score(x_ND, mask_N))
+    return jnp.sum(jnp.sum(score_ND * x_ND, axis=1) * keep_N) / jnp.maximum(jnp.sum(keep_N), 1.0)

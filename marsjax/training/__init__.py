@@ -1,0 +1,1 @@
+"""One training step for both stages, lifted over devices, driven by one loop, checkpointed whole."""

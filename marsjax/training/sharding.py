@@ -1,0 +1,104 @@
+"""Lifts the one-device step over many devices: `jax.pmap`, `jax.shard_map`, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from marsjax.training.step import StepFn
+
+AXIS = "device"
+PyTree = Any
+
+
+class Lifted(NamedTuple):
+    """A step over devices, with the ways in and out. Values given to `step` come from the three functions beside it."""
+
+    step: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, dict[str, jax.Array]]]
+    replicate: Callable[[PyTree], PyTree]  # a host value -> one copy a device
+    split: Callable[[PyTree], PyTree]  # a host batch -> equal parts, padded with zero rows
+    collect: Callable[[PyTree], PyTree]  # a replicated value -> the copy of the first device, on the host
+    n_devices: int
+
+
+def axis_name(mode: str) -> str | None:
+    """The axis a step must reduce over under `mode`."""
+    return None if mode == "single" else AXIS
+
+
+def lift(make_step: Callable[[str | None], StepFn], *, mode: str, devices: Sequence[jax.Device] | None = None) -> Lifted:
+    """Lifts a step made by `make_step(axis_name)`.
+
+    `mode` is "pmap", "shard_map" (jax.pmap is in maintenance mode and built on it) or "single" (plain jit on the
+    first device). State, batch and tables are donated or kept such that the caller must use the returned state.
+
+    Raises ValueError for another mode.
+    """
+    devices = list(devices or jax.local_devices())
+    modes = {"single": _single, "pmap": _pmap, "shard_map": _shard_map}
+    if mode not in modes:
+        raise ValueError(f"sharding: expected one of {sorted(modes)}, found {mode!r}")
+    return modes[mode](make_step(axis_name(mode)), devices)
+
+
+def pad_rows(batch: PyTree, multiple: int) -> PyTree:
+    """Pads the leading axis of every leaf with zeros to a multiple. Zero rows have weight 0 and id 0: they count nowhere."""
+
+    def pad(leaf: np.ndarray) -> np.ndarray:
+        missing = -len(leaf) % multiple
+        return np.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)) if missing else leaf
+
+    return jax.tree.map(pad, batch)
+
+
+def _first_copy(leaf: jax.Array) -> np.ndarray:
+    # Indexing a sharded array gathers all of it first; the first shard is what is wanted.
+    return np.asarray(leaf.addressable_shards[0].data)
+
+
+def _single(step: StepFn, devices: list[jax.Device]) -> Lifted:
+    def put(tree: PyTree) -> PyTree:
+        return jax.device_put(tree, devices[0])
+
+    return Lifted(jax.jit(step, donate_argnums=0), put, put, jax.device_get, 1)
+
+
+def _pmap(step: StepFn, devices: list[jax.Device]) -> Lifted:
+    n = len(devices)
+    by_device = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), (AXIS,)), jax.P(AXIS))
+
+    def replicate(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: jax.device_put(np.stack([np.asarray(leaf)] * n), by_device), tree)
+
+    def split(batch: PyTree) -> PyTree:
+        parts = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), pad_rows(batch, n))
+        return jax.device_put(parts, by_device)
+
+    def collect(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: _first_copy(leaf)[0], tree)
+
+    lifted = jax.pmap(step, axis_name=AXIS, devices=devices, donate_argnums=0)
+    return Lifted(lifted, replicate, split, collect, n)
+
+
+def _shard_map(step: StepFn, devices: list[jax.Device]) -> Lifted:
+    n = len(devices)
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    whole, rows = jax.P(), jax.P(AXIS)
+
+    def replicate(tree: PyTree) -> PyTree:
+        return jax.device_put(tree, jax.NamedSharding(mesh, whole))
+
+    def split(batch: PyTree) -> PyTree:
+        return jax.device_put(pad_rows(batch, n), jax.NamedSharding(mesh, rows))
+
+    def collect(tree: PyTree) -> PyTree:
+        return jax.tree.map(_first_copy, tree)
+
+    # With check_vma=True the gradient of replicated parameters is summed over the devices once more by shard_map
+    # itself, and a step that already sums it would get n times the gradient.
+    lifted = jax.shard_map(step, mesh=mesh, in_specs=(whole, rows, whole), out_specs=(whole, whole), check_vma=False)
+    return Lifted(jax.jit(lifted, donate_argnums=0), replicate, split, collect, n)
