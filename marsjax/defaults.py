@@ -6,7 +6,11 @@ configs/ start from one of them and override what differs.
 
 from __future__ import annotations
 
+import inspect
+
 from ml_collections import ConfigDict, config_dict
+
+from marsjax.data.synthetic import make_synthetic
 
 
 def default_config(preset: str = "mars") -> ConfigDict:
@@ -51,7 +55,7 @@ def default_config(preset: str = "mars") -> ConfigDict:
     alignment.width = 256
     alignment.hidden = 128  # of the FFN of Eq. 12; the paper gives none
     alignment.beta = 0.1  # Eq. 14; the paper gives none
-    alignment.lambda_ = 0.1  # Eq. 8; the paper gives none
+    alignment.lambda_ = 0.003  # Eq. 8; the surrogate grows with the width: 0.1 at 8 (where it was studied) is 0.003 at 256
     alignment.eta = 0.1  # ridge of the score estimator: the best compromise over D = 2..256
     alignment.estimator = "stein"  # stein, ssge
     alignment.normalise = True  # unnormalised vectors have unbounded entropy
@@ -124,5 +128,6 @@ def default_config(preset: str = "mars") -> ConfigDict:
 
 
 def synthetic_config() -> ConfigDict:
-    """Sizes of the planted data; the arguments of `marsjax.data.synthetic.make_synthetic`."""
-    return ConfigDict({"seed": 0})
+    """The arguments of `marsjax.data.synthetic.make_synthetic`."""
+    parameters = inspect.signature(make_synthetic).parameters
+    return ConfigDict({name: parameter.default for name, parameter in parameters.items()})

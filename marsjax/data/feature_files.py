@@ -1,0 +1,85 @@
+"""Precomputed item features from .npz, .npy or Parquet, and a cheap check of image folders."""
+
+from __future__ import annotations
+
+import pathlib
+import zipfile
+
+import numpy as np
+
+from marsjax.data.cleaning import SHOWN, RawFeatures
+from marsjax.records import Problem
+
+ID_KEYS = ("item_id", "movie_id", "id")
+
+
+def read_features(path: pathlib.Path, *, item_ids: np.ndarray | None = None) -> RawFeatures:
+    """Reads ids and vectors.
+
+    .npz holds the ids under item_id, movie_id or id and the vectors under embedding; Parquet has an id column and a
+    list column named embedding; .npy holds vectors alone, one for each row of the items table `item_ids`.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a feature file, found none; set the path to '' to do without it")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                ids = next((key for key in ID_KEYS if key in arrays), None)
+                if ids is None or "embedding" not in arrays:
+                    raise ValueError(
+                        f"{path}: expected arrays embedding and one of {', '.join(ID_KEYS)}, found {sorted(arrays)}"
+                    )
+                return RawFeatures(arrays[ids].astype(str), arrays["embedding"], path.name)
+        if path.suffix == ".npy":
+            feature = np.load(path)
+            if item_ids is None:
+                raise ValueError(f"{path}: a .npy file has no ids, expected an items table that gives their order")
+            return RawFeatures(item_ids, feature, path.name)
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(f"{path}: the file is damaged or truncated ({error}); write it again") from error
+    if path.suffix in (".parquet", ".pq"):
+        from marsjax.data.tabular import read_table
+
+        table = read_table(path)
+        ids = next((key for key in ID_KEYS if key in table), None)
+        if ids is None or "embedding" not in table:
+            raise ValueError(
+                f"{path}: expected columns embedding and one of {', '.join(ID_KEYS)}, found {', '.join(table)}"
+            )
+        widths = {len(vector) for vector in table["embedding"]}
+        if len(widths) > 1:
+            raise ValueError(f"{path}: expected vectors of one width, found widths {sorted(widths)[:5]}")
+        return RawFeatures(table[ids].astype(str), np.stack(list(table["embedding"])), path.name)
+    raise ValueError(f"{path}: expected .npz, .npy or .parquet, found {path.suffix or 'no ending'}")
+
+
+def image_folder_problems(folder: pathlib.Path, item_ids: np.ndarray) -> list[Problem]:
+    """Which items have no image in `folder` (ID.jpg, .jpeg or .png) and which images are cut off.
+
+    Only the first and last bytes are read: a whole JPEG ends with its end marker and a whole PNG with IEND.
+
+    Raises ValueError where the folder does not exist.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder of images named by item id, found none")
+    paths = {path.stem: path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")}
+    missing = [str(item) for item in item_ids if str(item) not in paths]
+    broken = [paths[str(item)].name for item in item_ids if str(item) in paths and not _is_whole(paths[str(item)])]
+    problems = []
+    if missing:
+        problems.append(Problem("missing_image", len(missing), "kept", tuple(f"item {i}" for i in missing[:SHOWN])))
+    if broken:
+        problems.append(Problem("truncated_image", len(broken), "masked", tuple(broken[:SHOWN])))
+    return problems
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+    data = path.read_bytes()
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return b"IEND" in data[-64:]
+    return data.startswith(b"\xff\xd8") and data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")

@@ -1,0 +1,93 @@
+"""The official MovieLens-1M folder: ratings.dat, movies.dat ('::' between columns, latin-1)."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+
+from marsjax.data.cleaning import RawItems, build_dataset
+from marsjax.data.feature_files import image_folder_problems, read_features
+from marsjax.records import Dataset, Problem
+
+# Counts of the official files (README of the download), and of items with at least 5 ratings.
+KNOWN_COUNTS = {"ratings": 1_000_209, "users": 6_040, "movies": 3_883, "rated movies": 3_706}
+KNOWN_ITEMS_OF_5 = 3_416
+
+
+def load_movielens(
+    folder: pathlib.Path,
+    *,
+    text_features: pathlib.Path | None = None,
+    image_features: pathlib.Path | None = None,
+    image_folder: pathlib.Path | None = None,
+    label_threshold: float | None = 4.0,
+    min_item_events: int = 5,
+    strict: bool = False,
+) -> Dataset:
+    """Reads MovieLens-1M; a rating of 4 or 5 is a click. Genres become categories.
+
+    Differences from the known counts are a problem of kind "count_differs", and are refused by `strict`.
+
+    Raises:
+        ValueError: a file is missing or malformed; the message names the file, and the line where there is one.
+    """
+    folder = pathlib.Path(folder)
+    lines = _read(folder, "ratings.dat").replace(b"\r", b"").rstrip(b"\n").split(b"\n")
+    columns_of = np.char.count(np.array(lines), b"::")
+    if (columns_of != 3).any():
+        bad = int(np.argmax(columns_of != 3))
+        raise ValueError(
+            f"{folder / 'ratings.dat'}:{bad + 1}: expected user::movie::rating::time, found "
+            f"{lines[bad].decode('latin-1')!r} ({int((columns_of != 3).sum())} such lines)"
+        )
+    try:
+        value_R4 = np.array(b"::".join(lines).split(b"::"), dtype=np.int64).reshape(-1, 4)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'ratings.dat'}: expected whole numbers in all columns ({error})") from error
+
+    movies = [line.split("::") for line in _read(folder, "movies.dat").decode("latin-1").splitlines() if line]
+    for number, fields in enumerate(movies, start=1):
+        if len(fields) != 3:
+            raise ValueError(f"{folder / 'movies.dat'}:{number}: expected movie::title::genres, found {fields}")
+    raw_id = np.array([fields[0] for fields in movies])
+    items = RawItems(raw_id, np.array([fields[1] for fields in movies]), [f[2].split("|") for f in movies])
+
+    counts = {
+        "ratings": len(value_R4),
+        "users": len(np.unique(value_R4[:, 0])),
+        "movies": len(movies),
+        "rated movies": len(np.unique(value_R4[:, 1])),
+    }
+    if min_item_events == 5:
+        counts["movies of at least 5 ratings"] = int((np.bincount(value_R4[:, 1]) >= 5).sum())
+    known = KNOWN_COUNTS | {"movies of at least 5 ratings": KNOWN_ITEMS_OF_5}
+    different = [f"{counts[what]} {what}, officially {known[what]}" for what in counts if counts[what] != known[what]]
+    problems = [Problem("count_differs", len(different), "noted", tuple(different))] if different else []
+    if image_folder is not None:
+        problems += image_folder_problems(image_folder, raw_id)
+    named = {"text": text_features, "image": image_features}
+    return build_dataset(
+        name="ml1m",
+        user_R=value_R4[:, 0].astype(str),
+        item_R=value_R4[:, 1].astype(str),
+        label_R=value_R4[:, 2].astype(np.float64),
+        time_R=value_R4[:, 3],
+        where=lambda row_R: [f"ratings.dat:{row + 1}" for row in row_R],
+        items=items,
+        features={name: read_features(path) for name, path in named.items() if path is not None},
+        label_threshold=label_threshold,
+        min_item_events=min_item_events,
+        strict=strict,
+        problems=problems,
+    )
+
+
+def _read(folder: pathlib.Path, name: str) -> bytes:
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: expected the official MovieLens-1M file, found none; download ml-1m.zip from "
+            "https://grouplens.org/datasets/movielens/1m and give its folder as --config.data.folder"
+        )
+    return path.read_bytes()
