@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,14 +13,19 @@ import optax
 from jax import lax
 
 from marsjax import stein
-from marsjax.records import AlignmentBatch
+from marsjax.records import AlignmentBatch, Array
+from marsjax.training.optimizer import AdamW, adamw
+from marsjax.training.sharding import Lifted, lift
+from marsjax.training.step import Share, StepFn, make_step
+
+PyTree = Any
 
 
 class FeatureTables(NamedTuple):
     """Constants of the items: raw features of each modality, and who has them."""
 
-    feature_NF: Mapping[str, jax.Array]  # name -> [N, F]
-    present_N: Mapping[str, jax.Array]  # name -> [N] bool
+    feature_NF: Mapping[str, Array]  # name -> [N, F]
+    present_N: Mapping[str, Array]  # name -> [N] bool
 
 
 class AlignmentLoss(NamedTuple):
@@ -125,6 +131,11 @@ class MultimodalEncoder(nn.Module):
         return self.logits(batch.history_BL, batch.target_BT, tables)
 
 
+def apply(encoder: MultimodalEncoder, params: PyTree, *arguments: Any, method: str) -> Any:
+    """`encoder.method(*arguments)` with these parameters."""
+    return encoder.apply({"params": params}, *arguments, method=method)
+
+
 class Attention(nn.Module):
     """One head of scaled dot-product attention with a key mask. A row without a valid key gets zeros."""
 
@@ -166,9 +177,8 @@ def make_loss(
     def gather(x: jax.Array) -> jax.Array:
         return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
 
-    def loss(params, batch: AlignmentBatch, tables: FeatureTables):  # type: ignore[no-untyped-def]
-        variables = {"params": params}
-        logit_BT = encoder.apply(variables, batch.history_BL, batch.target_BT, tables, method="logits")
+    def loss(params: PyTree, batch: AlignmentBatch, tables: FeatureTables) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logit_BT = apply(encoder, params, batch.history_BL, batch.target_BT, tables, method="logits")
         n_rows = jnp.sum(batch.weight_BT)
         n_devices = 1 if axis_name is None else lax.axis_size(axis_name)
         n_rows = n_rows if axis_name is None else lax.psum(n_rows, axis_name)
@@ -177,7 +187,7 @@ def make_loss(
 
         vectors = {}
         for name in encoder.modalities:
-            emb_ND, present_N = encoder.apply(variables, name, batch.stein_item_N, tables, method="modality")
+            emb_ND, present_N = apply(encoder, params, name, batch.stein_item_N, tables, method="modality")
             vectors[name] = gather(emb_ND), gather(present_N & (batch.stein_item_N > 0))
         entropy, align, gamma = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
         for emb_ND, present_N in vectors.values():
@@ -192,6 +202,23 @@ def make_loss(
     return loss
 
 
+@functools.lru_cache(maxsize=4)
+def lifted_step(encoder: MultimodalEncoder, weights: AlignmentLoss, settings: AdamW, mode: str) -> Lifted:
+    """The training step over all devices. Cached: every seed trains with one compiled step."""
+
+    def make(axis: str | None) -> StepFn:
+        loss = make_loss(encoder, weights, axis_name=axis)
+
+        def share(params: PyTree, statistics: PyTree, batch: PyTree, tables: PyTree, key: jax.Array) -> Share:
+            value, metrics = loss(params, batch, tables)
+            return Share(value, statistics, metrics)
+
+        return make_step(share, adamw(settings), axis_name=axis)
+
+    return lift(make, mode=mode)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def diagnostics(
     encoder: MultimodalEncoder, params: Mapping, tables: FeatureTables, item_N: jax.Array
 ) -> dict[str, jax.Array]:
@@ -205,7 +232,7 @@ def diagnostics(
     out: dict[str, jax.Array] = {}
     vectors = {}
     for name in encoder.modalities:
-        emb_ND, present_N = encoder.apply({"params": params}, name, item_N, tables, method="modality")  # type: ignore[misc]
+        emb_ND, present_N = apply(encoder, params, name, item_N, tables, method="modality")
         present_N = present_N & (item_N > 0)
         vectors[name] = emb_ND, present_N
         keep_N1 = present_N.astype(jnp.float32)[:, None]

@@ -62,9 +62,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
 def _parse(key: str, text: str, now: Any, kind: type) -> Any:
     wrong = ValueError(f"config.{key} expects {_name(kind, now)}, got {text!r}")
-    if now is None or kind is float:
-        if text.lower() in ("none", "null"):
-            return None
+    if (now is None or kind is float) and text.lower() in ("none", "null"):
+        return None
     if kind is bool:
         values = {"true": True, "false": False, "1": True, "0": False}
         if text.lower() not in values:

@@ -55,7 +55,9 @@ def default_config(preset: str = "mars") -> ConfigDict:
     alignment.width = 256
     alignment.hidden = 128  # of the FFN of Eq. 12; the paper gives none
     alignment.beta = 0.1  # Eq. 14; the paper gives none
-    alignment.lambda_ = 0.003  # Eq. 8; the surrogate grows with the width: 0.1 at 8 (where it was studied) is 0.003 at 256
+    alignment.lambda_ = (
+        0.003  # Eq. 8; the surrogate grows with the width: 0.1 at 8 (where it was studied) is 0.003 at 256
+    )
     alignment.eta = 0.1  # ridge of the score estimator: the best compromise over D = 2..256
     alignment.estimator = "stein"  # stein, ssge
     alignment.normalise = True  # unnormalised vectors have unbounded entropy

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from marsjax.alignment import FeatureTables, MultimodalEncoder
+from marsjax.alignment import FeatureTables, MultimodalEncoder, apply
 from marsjax.data.histories import gather_histories
 from marsjax.records import Histories
 
@@ -16,7 +17,11 @@ PyTree = Any
 
 
 def in_chunks(
-    function: Callable[[np.ndarray], PyTree], value_X: np.ndarray, *, size: int, advance: Callable[[int], None] = lambda n: None
+    function: Callable[[np.ndarray], PyTree],
+    value_X: np.ndarray,
+    *,
+    size: int,
+    advance: Callable[[int], None] = lambda n: None,
 ) -> PyTree:
     """Applies a jitted function to fixed-size chunks of the leading axis and joins the results on the host.
 
@@ -28,10 +33,9 @@ def in_chunks(
         chunk = value_X[begin : begin + size]
         padded = np.zeros((size, *value_X.shape[1:]), value_X.dtype)
         padded[: len(chunk)] = chunk
-        part = jax.device_get(function(padded))
-        parts.append(jax.tree.map(lambda leaf, n=len(chunk): leaf[:n], part))
+        parts.append(jax.device_get(function(padded)))
         advance(len(chunk))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(value_X)], *parts)
 
 
 def item_vectors(
@@ -39,11 +43,9 @@ def item_vectors(
 ) -> np.ndarray:
     """Static item vectors [N, D] float32: each item in a history of its own. Row 0 is zero."""
 
-    @jax.jit
-    def static(item_B: np.ndarray, params: PyTree, tables: FeatureTables) -> jax.Array:
-        return encoder.apply({"params": params}, item_B, tables, method="static")  # type: ignore[return-value]
-
-    return in_chunks(lambda item_B: static(item_B, params, tables), np.arange(n_items, dtype=np.int32), size=size)
+    return in_chunks(
+        lambda item_B: _static(encoder, params, tables, item_B), np.arange(n_items, dtype=np.int32), size=size
+    )
 
 
 def user_vectors(
@@ -63,10 +65,6 @@ def user_vectors(
     Histories are sorted by length and padded to the shortest of a few lengths, since attention costs the square.
     """
 
-    @jax.jit
-    def mean(history_BL: np.ndarray, params: PyTree, tables: FeatureTables) -> jax.Array:
-        return encoder.apply({"params": params}, history_BL, tables, method="encode")[1]  # type: ignore[index]
-
     length_Q = np.minimum(end_Q - histories.start_U1[user_Q], cap)
     bounds = [bound for bound in (16, 64) if bound < cap] + [cap]
     bucket_Q = np.searchsorted(np.asarray(bounds), length_Q)
@@ -76,7 +74,10 @@ def user_vectors(
         if len(member_Q):
             history_QL = gather_histories(histories, user_Q[member_Q], end_Q[member_Q], cap=bound)
             out_QD[member_Q] = in_chunks(
-                lambda history_BL: mean(history_BL, params, tables), history_QL, size=size, advance=advance
+                lambda history_BL: _encode(encoder, params, tables, history_BL)[1],
+                history_QL,
+                size=size,
+                advance=advance,
             )
     return out_QD
 
@@ -92,8 +93,18 @@ def contextual_vectors(
 ) -> np.ndarray:
     """Item vectors [B, L, D] float32 of each history in its own context (the literal Eq. 16); zero at padding."""
 
-    @jax.jit
-    def contextual(history_BL: np.ndarray, params: PyTree, tables: FeatureTables) -> jax.Array:
-        return encoder.apply({"params": params}, history_BL, tables, method="encode")[0]  # type: ignore[index]
+    return in_chunks(
+        lambda chunk_BL: _encode(encoder, params, tables, chunk_BL)[0], history_BL, size=size, advance=advance
+    )
 
-    return in_chunks(lambda chunk_BL: contextual(chunk_BL, params, tables), history_BL, size=size, advance=advance)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(
+    encoder: MultimodalEncoder, params: PyTree, tables: FeatureTables, history_BL: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    return apply(encoder, params, history_BL, tables, method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _static(encoder: MultimodalEncoder, params: PyTree, tables: FeatureTables, item_B: np.ndarray) -> jax.Array:
+    return apply(encoder, params, item_B, tables, method="static")

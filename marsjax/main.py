@@ -34,7 +34,7 @@ COMMANDS = {
 FLAG_HELP = {
     "output": "where to write (default: in --workdir)",
     "bundle": "folder that `marsjax export` wrote",
-    "requests": "JSON lines: {\"user\": ID, \"items\": [ID, ...], \"history\": [ID, ...] (optional)}",
+    "requests": 'JSON lines: {"user": ID, "items": [ID, ...], "history": [ID, ...] (optional)}',
 }
 
 

@@ -45,9 +45,9 @@ from marsjax.records import (
     Rows,
 )
 from marsjax.stages import stage
-from marsjax.training import checkpoint, loop, sharding
-from marsjax.training.optimizer import adamw
-from marsjax.training.step import Share, init_state, make_step
+from marsjax.training import checkpoint, loop
+from marsjax.training.optimizer import AdamW, adamw
+from marsjax.training.step import init_state
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +165,7 @@ def align_stage(config: ConfigDict, loaded: Loaded, workdir: pathlib.Path, seed:
     signs = {"dispersive": 1.0, "printed": -1.0}
     if cfg.entropy_sign not in signs:
         raise ValueError(f"alignment.entropy_sign: expected one of {sorted(signs)}, found {cfg.entropy_sign!r}")
+    settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
     weights = alignment.AlignmentLoss(cfg.beta, cfg.lambda_, signs[cfg.entropy_sign], cfg.eta, cfg.estimator)
     make_source = functools.partial(
         batches.alignment_source,
@@ -182,26 +183,15 @@ def align_stage(config: ConfigDict, loaded: Loaded, workdir: pathlib.Path, seed:
     key = fingerprint("alignment", loaded.fingerprint, to_json(cfg), seed)
 
     def build(folder: pathlib.Path) -> None:
-        optimizer = adamw(learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay, clip=cfg.clip)
-
-        def make(axis: str | None):  # type: ignore[no-untyped-def]
-            loss = alignment.make_loss(encoder, weights, axis_name=axis)
-
-            def share(params, statistics, batch, tables, key):  # type: ignore[no-untyped-def]
-                value, values = loss(params, batch, tables)
-                return Share(value, statistics, values)
-
-            return make_step(share, optimizer, axis_name=axis)
-
         items = 1 + np.random.default_rng(seed).permutation(encoder.n_items - 1)[: cfg.stein_items]
-        look = jax.jit(functools.partial(alignment.diagnostics, encoder))
+        items = items.astype(np.int32)
 
         def evaluate(params: PyTree, statistics: PyTree) -> dict[str, float]:
-            return {name: float(value) for name, value in look(params, tables, items.astype(np.int32)).items()}
+            return {name: float(value) for name, value in alignment.diagnostics(encoder, params, tables, items).items()}
 
         fitted = loop.fit(
-            sharding.lift(make, mode=config.training.sharding),
-            init_state(template, {}, optimizer, seed=seed),
+            alignment.lifted_step(encoder, weights, settings, config.training.sharding),
+            init_state(template, {}, adamw(settings), seed=seed),
             batches.iterate(source),
             tables,
             schedule=loop.Schedule(
@@ -246,7 +236,9 @@ def augment_stage(config: ConfigDict, loaded: Loaded, space: Space, workdir: pat
     histories = rows.histories
     queries = make_queries(rows, prefix_stride=config.retrieval.prefix_stride)
     donors = find_donors(rows, cap=config.retrieval.history)
-    cfg = {name: value for name, value in to_json(config.augmentation).items() if name not in ("time_safe", "drop_target")}
+    cfg = {
+        name: value for name, value in to_json(config.augmentation).items() if name not in ("time_safe", "drop_target")
+    }
     key = fingerprint("augmentation", space.fingerprint, to_json(config.retrieval), cfg)
 
     def build(folder: pathlib.Path) -> None:
@@ -271,7 +263,9 @@ def augment_stage(config: ConfigDict, loaded: Loaded, space: Space, workdir: pat
                 advance=advance,
             )
         files.write_arrays(folder / "candidates.npz", **candidates._asdict())
-        files.write_json(folder / "statistics.json", table.statistics(candidates, queries, rows, log_) | {"recall": recall})
+        files.write_json(
+            folder / "statistics.json", table.statistics(candidates, queries, rows, log_) | {"recall": recall}
+        )
 
     folder = stage(workdir, f"augmentation-seed{seed}", key, build)
     borrowed = mars.kept_items(table.read_candidates(folder / "candidates.npz"))
@@ -284,6 +278,7 @@ def train_stage(
     """Trains the CTR model on histories augmented by `method` and scores the test rows."""
     cfg, log_, rows = config.ctr, loaded.dataset.log, loaded.rows
     augmentation, source_key = choose_augmentation(config, loaded, donation, seed, method)
+    model, settings = make_backbone(config, loaded), AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
     tables = ItemTables(loaded.dataset.items.category_NG)
     key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, source_key)
     gather: dict[str, Any] = {
@@ -297,19 +292,12 @@ def train_stage(
     def build(folder: pathlib.Path) -> None:
         train_E, valid_E = np.flatnonzero(rows.split_E == TRAIN), np.flatnonzero(rows.split_E == VALID)
         source, per_epoch = batches.ctr_source(log_, rows, train_E, epochs=cfg.epochs, seed=seed, **gather)
-        model = make_backbone(config, loaded, axis_name=None)
-        scorer = objective.Scorer(model, tables)
         params, statistics = objective.init_model(model, source[0], tables, seed=seed)
-        optimizer = adamw(learning_rate=cfg.learning_rate, weight_decay=cfg.weight_decay, clip=cfg.clip)
-
-        def make(axis: str | None):  # type: ignore[no-untyped-def]
-            lifted_model = make_backbone(config, loaded, axis_name=axis)
-            return make_step(objective.make_loss(lifted_model, axis_name=axis), optimizer, axis_name=axis)
 
         def score(params: PyTree, statistics: PyTree, row_R: np.ndarray) -> np.ndarray:
             evaluation = batches.evaluation_batches(log_, rows, row_R, **gather)
             score_R = np.empty(len(row_R), np.float32)
-            score_R[evaluation.order_R] = scorer(params, statistics, evaluation.batches())
+            score_R[evaluation.order_R] = objective.score(model, params, statistics, tables, evaluation.batches())
             return score_R
 
         def evaluate(params: PyTree, statistics: PyTree) -> dict[str, float]:
@@ -318,8 +306,8 @@ def train_stage(
             return {"valid_auc": metrics.auc(label_R, score_R), "valid_logloss": metrics.logloss(label_R, score_R)}
 
         fitted = loop.fit(
-            sharding.lift(make, mode=config.training.sharding),
-            init_state(params, statistics, optimizer, seed=seed),
+            objective.lifted_step(model, settings, config.training.sharding),
+            init_state(params, statistics, adamw(settings), seed=seed),
             batches.iterate(source),
             tables,
             schedule=loop.Schedule(
@@ -503,7 +491,7 @@ def choose_augmentation(
     return augmentation, [method, donation.fingerprint, cfg.time_safe, cfg.drop_target]
 
 
-def make_backbone(config: ConfigDict, loaded: Loaded, *, axis_name: str | None) -> nn.Module:
+def make_backbone(config: ConfigDict, loaded: Loaded) -> nn.Module:
     """The CTR model that the configuration names."""
     cfg, items = config.ctr, loaded.dataset.items
     shared = {
@@ -513,7 +501,6 @@ def make_backbone(config: ConfigDict, loaded: Loaded, *, axis_name: str | None) 
         "embedding": cfg.embedding,
         "tower": tuple(cfg.tower),
         "activation": cfg.activation,
-        "axis_name": axis_name,
     }
     backbones = {
         "din": lambda: Din(**shared, attention=tuple(cfg.attention), softmax=cfg.softmax),

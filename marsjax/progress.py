@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -16,7 +17,7 @@ Advance = Callable[..., None]
 
 
 class _Rate(rich.progress.ProgressColumn):
-    def render(self, task: rich.progress.Task) -> str:  # type: ignore[override]
+    def render(self, task: rich.progress.Task) -> str:
         return f"{task.speed:,.0f}/s" if task.speed else ""
 
 
@@ -37,7 +38,8 @@ def progress(title: str, total: int, *, done: int = 0, every_seconds: float = 10
             task = bar.add_task(title, total=total, completed=done, note="")
 
             def advance_bar(n: int = 1, note: str | None = None) -> None:
-                bar.update(task, advance=n, **({} if note is None else {"note": note}))
+                fields: dict[str, Any] = {} if note is None else {"note": note}
+                bar.update(task, advance=n, **fields)
 
             yield advance_bar
         return

@@ -13,9 +13,11 @@ All records hold NumPy arrays on the host unless their docstring says otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+Array = Any  # NumPy on the host, jax.Array inside a compiled function
 
 TRAIN, VALID, TEST = 0, 1, 2  # values of Rows.split_E
 LOW, MIDDLE, HIGH = 0, 1, 2  # values of activity groups
@@ -26,7 +28,7 @@ class Problem(NamedTuple):
     """One kind of defect found in the input, and what was done about it."""
 
     kind: str  # short slug: "unknown_item", "duplicate_event", "nan_feature", ...
-    count: int  # how many rows, items or files have it
+    occurrences: int  # how many rows, items or files have it
     action: str  # "dropped", "masked", "reordered", "kept"
     where: tuple[str, ...]  # the first few places, e.g. "ratings.dat:17"
 
@@ -145,25 +147,25 @@ class Predictions(NamedTuple):
 class CtrBatch(NamedTuple):
     """One batch of CTR rows. Rows of weight 0 are padding; history entries of id 0 are padding."""
 
-    user_B: np.ndarray  # [B] int32, the user's number + 1; 0 is padding
-    target_B: np.ndarray  # [B] int32
-    label_B: np.ndarray  # [B] float32
-    weight_B: np.ndarray  # [B] float32, 1 or 0
-    history_BL: np.ndarray  # [B, L] int32, borrowed items first, then the own ones in time order
-    borrowed_BL: np.ndarray  # [B, L] bool, True where the entry was borrowed
+    user_B: Array  # [B] int32, the user's number + 1; 0 is padding
+    target_B: Array  # [B] int32
+    label_B: Array  # [B] float32
+    weight_B: Array  # [B] float32, 1 or 0
+    history_BL: Array  # [B, L] int32, borrowed items first, then the own ones in time order
+    borrowed_BL: Array  # [B, L] bool, True where the entry was borrowed
 
 
 class AlignmentBatch(NamedTuple):
     """One batch of the alignment stage: T targets for each history, and the items the Stein loss is computed over."""
 
-    history_BL: np.ndarray  # [B, L] int32
-    target_BT: np.ndarray  # [B, T] int32, all of them later than the history
-    label_BT: np.ndarray  # [B, T] float32
-    weight_BT: np.ndarray  # [B, T] float32, 1 or 0
-    stein_item_N: np.ndarray  # [N'] int32, distinct items of the whole batch; 0 is padding
+    history_BL: Array  # [B, L] int32
+    target_BT: Array  # [B, T] int32, all of them later than the history
+    label_BT: Array  # [B, T] float32
+    weight_BT: Array  # [B, T] float32, 1 or 0
+    stein_item_N: Array  # [N'] int32, distinct items of the whole batch; 0 is padding
 
 
 class ItemTables(NamedTuple):
     """Constants of the items that a CTR model reads beside their ids."""
 
-    category_NG: np.ndarray  # [N, G] int32, 0 is padding
+    category_NG: Array  # [N, G] int32, 0 is padding

@@ -67,7 +67,9 @@ def build_index(
     """
     unit_PD, user_P, left_out = _sound(base_PD, user_P)
     if left_out:
-        log.warning("retrieval: %d of %d user vectors are not finite or empty and were left out", left_out, len(base_PD))
+        log.warning(
+            "retrieval: %d of %d user vectors are not finite or empty and were left out", left_out, len(base_PD)
+        )
     graph = _graph(unit_PD.shape[1], connectivity, expansion_add, dtype)
     if len(user_P):
         graph.add(np.arange(len(user_P), dtype=np.uint64), unit_PD, threads=1)
@@ -84,7 +86,7 @@ def search(
         return _nothing(len(query_BD), k)
     unit_BD = _unit(query_BD)
     wanted = min(k + (exclude_B is not None), count)
-    index.graph.expansion_search = max(expansion_search, wanted)
+    index.graph.expansion_search = max(expansion_search, wanted)  # type: ignore[misc]  # it has a setter
     found = index.graph.search(unit_BD, wanted, threads=1)
     # A batch of one comes back without its axis; unfilled slots hold key 0, and only the counts tell.
     slot_BK = np.asarray(found.keys).reshape(len(unit_BD), wanted).astype(np.int64)
@@ -152,7 +154,8 @@ def load_index(folder: pathlib.Path) -> UserIndex:
         found = files.sha256_file(folder / name) if (folder / name).is_file() else "no file"
         if found != expected:
             raise ValueError(
-                f"{folder / name}: expected sha256 {expected}, found {found}; the file is damaged, build the index again"
+                f"{folder / name}: expected sha256 {expected}, found {found}; the file is damaged, "
+                "build the index again"
             )
     with np.load(folder / "vectors.npz") as arrays:
         unit_PD, user_P = arrays["unit_PD"], arrays["user_P"]
@@ -234,6 +237,4 @@ def _ranked(user_BX: np.ndarray, similarity_BX: np.ndarray, valid_BX: np.ndarray
 
 
 def _nothing(b: int, k: int) -> Neighbours:
-    return Neighbours(
-        np.full((b, k), -1, np.int64), np.full((b, k), -np.inf, np.float32), np.zeros((b, k), bool)
-    )
+    return Neighbours(np.full((b, k), -1, np.int64), np.full((b, k), -np.inf, np.float32), np.zeros((b, k), bool))

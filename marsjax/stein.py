@@ -1,7 +1,7 @@
 """RBF kernel, median bandwidth, score estimators and the entropy surrogate: pure functions, Eqs. 5-8.
 
 Every function takes padded samples with a mask; padded rows change nothing. All arithmetic is float32 at the highest
-matmul precision, because (K + eta I) has a condition number of about 3e3 at eta = 0.1 and bfloat16 would drown the score.
+matmul precision, because (K + eta I) has a condition number of about 3e3 at eta = 0.1 and bfloat16 would drown it.
 """
 
 from __future__ import annotations

@@ -106,9 +106,7 @@ def test_one_key_makes_attention_trivial():
     net = encoder()
     one_BL = np.int32([[4]])
     params = net.init(jax.random.key(0), batch(), tables())["params"]
-    gradient = jax.grad(
-        lambda p: jnp.sum(net.apply({"params": p}, one_BL, tables(), method="encode")[1] ** 2)
-    )(params)
+    gradient = jax.grad(lambda p: jnp.sum(net.apply({"params": p}, one_BL, tables(), method="encode")[1] ** 2))(params)
     np.testing.assert_allclose(gradient["modal_attention"]["to_query"]["kernel"], 0, atol=1e-7)
     assert np.abs(gradient["modal_attention"]["to_value"]["kernel"]).max() > 0
 
@@ -176,7 +174,7 @@ def test_diagnostics_of_known_spaces():
     rng = np.random.default_rng(0)
     feature_NF = jnp.asarray(rng.normal(size=(4000, 4)), jnp.float32)
     same = alignment.FeatureTables(
-        {name: feature_NF for name in ("text", "image")}, {name: jnp.ones(4000, bool) for name in ("text", "image")}
+        dict.fromkeys(("text", "image"), feature_NF), {name: jnp.ones(4000, bool) for name in ("text", "image")}
     )
     net = encoder(n_items=4000, width=4, normalise=False)
     params = net.init(jax.random.key(0), batch(), same)["params"]

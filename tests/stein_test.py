@@ -129,7 +129,9 @@ def test_value_of_eq_7_is_blind_to_scale():
 def test_alignment_rises_as_pair_noise_falls():
     text_ND = gaussian(256, 8, 1)
     noise_ND = gaussian(256, 8, 2)
-    values = [float(stein.alignment(text_ND + s * noise_ND, text_ND, jnp.ones(256, bool))[0]) for s in (1.0, 0.1, 0.001)]
+    values = [
+        float(stein.alignment(text_ND + s * noise_ND, text_ND, jnp.ones(256, bool))[0]) for s in (1.0, 0.1, 0.001)
+    ]
     assert values[0] < values[1] < values[2]
     assert values[2] > 0.999
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marsjax.records import Borrowed, Neighbours
+from marsjax.records import Array, Borrowed, Neighbours
 
 
 class Candidates(NamedTuple):
@@ -44,7 +45,9 @@ def cosine(vector_BSD: jax.Array, query_BD: jax.Array, centre_D: jax.Array) -> j
     return dot_BS / jnp.maximum(norm_BS, 1e-12)
 
 
-def threshold(similarity_BS: jax.Array, valid_BS: jax.Array, *, value: float | None, quantile: float | None) -> jax.Array:
+def threshold(
+    similarity_BS: jax.Array, valid_BS: jax.Array, *, value: float | None, quantile: float | None
+) -> jax.Array:
     """theta of Eq. 17, one for each query [B]: a fixed value, or a quantile of the query's own candidates.
 
     The quantile is a lower order statistic: quantile 0 keeps all, 0.5 the better half.
@@ -67,7 +70,9 @@ def best_run(gain_BL: jax.Array, valid_BL: jax.Array) -> tuple[jax.Array, jax.Ar
     gain_BL = jnp.where(valid_BL, gain_BL, 0.0)
     n = gain_BL.shape[0]
 
-    def advance(carry: tuple[jax.Array, ...], column: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], None]:
+    def advance(
+        carry: tuple[jax.Array, ...], column: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, ...], None]:
         here_B, start_B, best_B, first_B, last_B = carry
         gain_B, at = column
         restart_B = here_B <= 0.0
@@ -141,6 +146,26 @@ def drop_repeats(item_BS: jax.Array, kept_BS: jax.Array) -> jax.Array:
     return kept_BS & is_last_BS & (column_S >= 0)
 
 
+@functools.partial(jax.jit, static_argnames=("keep", "theta", "theta_quantile"))
+def select(
+    item_BKL: Array,
+    vector_BKLD: Array,
+    query_BD: Array,
+    centre_D: Array,
+    *,
+    keep: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    theta: float | None,
+    theta_quantile: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Similarities [B, S] (Eq. 16) and what is kept [B, S] (Eq. 17 or another rule), compiled for one shape."""
+    n, k, length = item_BKL.shape
+    valid_BKL = item_BKL > 0
+    similarity_BS = cosine(vector_BKLD.reshape(n, k * length, -1), query_BD, centre_D)
+    theta_B = threshold(similarity_BS, valid_BKL.reshape(n, -1), value=theta, quantile=theta_quantile)
+    kept_BKL = keep(similarity_BS.reshape(n, k, length), valid_BKL, theta_B)
+    return similarity_BS, drop_repeats(item_BKL.reshape(n, -1), kept_BKL.reshape(n, -1))
+
+
 def borrow(
     donors: Donors,
     neighbours: Neighbours,
@@ -184,14 +209,6 @@ def borrow(
     position_QK = np.where(valid_QK, np.searchsorted(donors.user_P, donor_QK), 0)
     length = donors.item_PL.shape[1]
 
-    @jax.jit
-    def select(item_BKL, valid_BKL, vector_BKLD, query_BD, centre_D):  # type: ignore[no-untyped-def]
-        n = item_BKL.shape[0]
-        similarity_BS = cosine(vector_BKLD.reshape(n, k * length, -1), query_BD, centre_D)
-        theta_B = threshold(similarity_BS, valid_BKL.reshape(n, -1), value=theta, quantile=theta_quantile)
-        kept_BKL = chosen.keep(similarity_BS.reshape(n, k, length), valid_BKL, theta_B)
-        return similarity_BS, drop_repeats(item_BKL.reshape(n, -1), kept_BKL.reshape(n, -1))
-
     n_queries = len(query_QD)
     item_QS = np.zeros((n_queries, k * length), np.int32)
     similarity_QS = np.full((n_queries, k * length), -np.inf, np.float32)
@@ -204,7 +221,15 @@ def borrow(
         # Neighbouring queries share donors (one user's prefixes do), so each donor is fetched once.
         unique_X, inverse = np.unique(position_BK, return_inverse=True)
         vector_BKLD = vectors(unique_X)[inverse.reshape(position_BK.shape)]
-        similarity_BS, kept_BS = select(item_BKL, item_BKL > 0, vector_BKLD, query_QD[row_B], centre_D)
+        similarity_BS, kept_BS = select(
+            item_BKL,
+            vector_BKLD,
+            query_QD[row_B],
+            centre_D,
+            keep=chosen.keep,
+            theta=theta,
+            theta_quantile=theta_quantile,
+        )
         item_QS[begin:end] = item_BKL.reshape(size, -1)[: end - begin]
         similarity_QS[begin:end] = np.where(item_QS[begin:end] > 0, np.asarray(similarity_BS)[: end - begin], -np.inf)
         kept_QS[begin:end] = np.asarray(kept_BS)[: end - begin]

@@ -42,12 +42,12 @@ class Din(nn.Module):
         interest_BD = jnp.einsum("bl,bld->bd", weight_BL * mask_BL, history_BLD)
         features_BF = jnp.concatenate([target_BD, interest_BD, target_BD * interest_BD], axis=1)
         if self.n_users:
-            features_BF = jnp.concatenate([features_BF, user_embedding(self, self.n_users, self.embedding, batch)], axis=1)
+            features_BF = jnp.concatenate(
+                [features_BF, user_embedding(self, self.n_users, self.embedding, batch)], axis=1
+            )
         return Tower(self.tower, self.activation, self.axis_name)(features_BF, batch.weight_B, train=train)
 
-    def _attend(
-        self, target_BD: jax.Array, history_BLD: jax.Array, weight_BL: jax.Array, *, train: bool
-    ) -> jax.Array:
+    def _attend(self, target_BD: jax.Array, history_BLD: jax.Array, weight_BL: jax.Array, *, train: bool) -> jax.Array:
         """The attention unit: an MLP over [t, h, t - h, t * h], giving one number a history item, [B, L].
 
         The first layer is linear, so its four blocks fold into one [D, A] matrix a row: the [B, L, 4 D] input, the

@@ -32,5 +32,7 @@ class Dnn(nn.Module):
         mean_BD = mean_BD / jnp.maximum(jnp.sum(mask_BL, axis=1, keepdims=True), 1.0)
         features_BF = jnp.concatenate([target_BD, mean_BD, target_BD * mean_BD], axis=1)
         if self.n_users:
-            features_BF = jnp.concatenate([features_BF, user_embedding(self, self.n_users, self.embedding, batch)], axis=1)
+            features_BF = jnp.concatenate(
+                [features_BF, user_embedding(self, self.n_users, self.embedding, batch)], axis=1
+            )
         return Tower(self.tower, self.activation, self.axis_name)(features_BF, batch.weight_B, train=train)

@@ -1,7 +1,8 @@
-"""The click loss of a backbone (Eq. 2) as a share, and scoring."""
+"""The click loss of a backbone (Eq. 2) as a share, the compiled step for it, and scoring."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 import optax
 
 from marsjax.records import CtrBatch, ItemTables
-from marsjax.training.step import LossFn, Share, total
+from marsjax.training.optimizer import AdamW, adamw
+from marsjax.training.sharding import Lifted, lift
+from marsjax.training.step import LossFn, Share, StepFn, make_step, total
 
 PyTree = Any
 
@@ -38,23 +41,32 @@ def make_loss(model: nn.Module, *, axis_name: str | None) -> LossFn:
     return loss
 
 
-class Scorer:
-    """Scores batches with one compiled function per history length; the last batch's padding is cut off."""
+@functools.partial(jax.jit, static_argnums=0)
+def probabilities(
+    model: nn.Module, params: PyTree, statistics: PyTree, batch: CtrBatch, tables: ItemTables
+) -> jax.Array:
+    """Click probabilities [B] of a batch. Compiled once for a model and a history length."""
+    logit_B = model.apply({"params": params, "statistics": statistics}, batch, tables, train=False)
+    return nn.sigmoid(logit_B)  # type: ignore[arg-type]
 
-    def __init__(self, model: nn.Module, tables: ItemTables):
-        self._tables = jax.device_put(tables)
 
-        def probability(params: PyTree, statistics: PyTree, batch: CtrBatch, tables: ItemTables) -> jax.Array:
-            logit_B = model.apply({"params": params, "statistics": statistics}, batch, tables, train=False)
-            return nn.sigmoid(logit_B)  # type: ignore[arg-type]
+def score(
+    model: nn.Module, params: PyTree, statistics: PyTree, tables: ItemTables, batches: Iterable[CtrBatch]
+) -> np.ndarray:
+    """Probabilities [rows] float32 of the rows of weight 1 of all batches, in order."""
+    params, statistics, tables = jax.device_put((params, statistics, tables))
+    parts = [
+        np.asarray(probabilities(model, params, statistics, batch, tables))[batch.weight_B > 0] for batch in batches
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
-        self._probability = jax.jit(probability)
 
-    def __call__(self, params: PyTree, statistics: PyTree, batches: Iterable[CtrBatch]) -> np.ndarray:
-        """Probabilities [rows] float32 of the rows of weight 1, in order."""
-        params, statistics = jax.device_put((params, statistics))
-        parts = [
-            np.asarray(self._probability(params, statistics, batch, self._tables))[batch.weight_B > 0]
-            for batch in batches
-        ]
-        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+@functools.lru_cache(maxsize=4)
+def lifted_step(model: nn.Module, settings: AdamW, mode: str) -> Lifted:
+    """The training step over all devices. Cached: every method and seed trains with one compiled step a length."""
+
+    def make(axis: str | None) -> StepFn:
+        loss = make_loss(model.clone(axis_name=axis), axis_name=axis)  # type: ignore[call-arg]
+        return make_step(loss, adamw(settings), axis_name=axis)
+
+    return lift(make, mode=mode)

@@ -81,8 +81,8 @@ def ctr_batch(
     """Gathers CTR rows `row_B` (event numbers) into a batch of `size` rows and histories of `length`.
 
     The history is the borrowed items followed by the own ones (Eq. 18), cut to the last `cap`, so that own events
-    survive. With `augmentation.time_safe` a borrowed item that the donor met after the target is blanked; with `drop_target` one
-    that is the target itself is.
+    survive. With `augmentation.time_safe` a borrowed item that the donor met after the target is blanked; with
+    `drop_target` one that is the target itself is.
     """
     histories = rows.histories
     own_B, extra_B = history_lengths(rows, row_B, cap=cap, augmentation=augmentation)

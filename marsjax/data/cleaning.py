@@ -98,7 +98,7 @@ def build_dataset(
             extra = np.setdiff1d(np.arange(len(items.raw_id)), first)[:SHOWN]
             found.append(Problem("duplicate_item", repeated, "dropped", tuple(str(items.raw_id[i]) for i in extra)))
             first = np.sort(first)
-            items = RawItems(items.raw_id[first], items.title[first], [items.categories[i] for i in first])
+            items = RawItems(items.raw_id[first], items.title[first], [items.categories[int(i)] for i in first])
         narrow(drop("unknown_item", ~np.isin(item_R, items.raw_id)))
 
     # Sort by user and time; the file order decides ties.
@@ -125,7 +125,7 @@ def build_dataset(
             names, inverse, count = np.unique(
                 item_R if values == "item" else user_R, return_inverse=True, return_counts=True
             )
-            rare_R = count[inverse] < least
+            rare_R = (count < least)[inverse]
             if rare_R.any():
                 note = f"{int((count < least).sum())} of {len(names)} {values}s have fewer than {least} events"
                 found.append(Problem(kind, int(rare_R.sum()), "filtered", (note,)))
@@ -133,7 +133,7 @@ def build_dataset(
     if not len(row_R):
         raise ValueError(
             f"{name}: expected events, found none after dropping "
-            + (", ".join(f"{p.count} x {p.kind}" for p in found) or "nothing")
+            + (", ".join(f"{p.occurrences} x {p.kind}" for p in found) or "nothing")
             + "; look at the columns that the configuration maps"
         )
 
@@ -150,17 +150,17 @@ def build_dataset(
         at = np.flatnonzero(np.diff(start_U1) == 1)[:SHOWN]
         found.append(Problem("user_of_one_event", single, "kept", tuple(f"user {user_names[u]}" for u in at)))
     log = Log(start_U1, item_E, label_R.astype(np.float32), time_R, user_names)
-    category_NG, names = _categories([items.categories[i] for i in kept])
+    category_NG, category_names = _categories([items.categories[int(i)] for i in kept])
     modalities = {
         modality: _modality(modality, raw, raw_id_N, found) for modality, raw in features.items()
     }  # fmt: skip
-    records = Items(raw_id_N, np.concatenate([[""], items.title[kept]]), category_NG, names, modalities)
+    records = Items(raw_id_N, np.concatenate([[""], items.title[kept]]), category_NG, category_names, modalities)
     if strict:
         refused = [problem for problem in found if problem.action not in ("kept", "filtered")]
         if refused:
             raise ValueError(
                 f"{name}: strict reading refuses "
-                + "; ".join(f"{p.count} x {p.kind} ({', '.join(p.where)})" for p in refused)
+                + "; ".join(f"{p.occurrences} x {p.kind} ({', '.join(p.where)})" for p in refused)
                 + ". Mend the files, or read without strict to have them "
                 + " or ".join(sorted({p.action for p in refused}))
             )

@@ -61,7 +61,7 @@ def describe(dataset: Dataset, rows: Rows) -> str:
         f"data          {s['name']}  (fingerprint {s['fingerprint'][:12]})",
         f"users         {s['users']:,}",
         f"items         {s['items']:,}  ({s['categories']} categories)",
-        f"events        {s['events']:,}  (sparsity {s['sparsity_percent']:.2f}%, {100 * s['label_rate']:.1f}% positive)",
+        f"events        {s['events']:,}  ({s['sparsity_percent']:.2f}% sparse, {100 * s['label_rate']:.1f}% positive)",
         f"time          {s['time_span'][0]} to {s['time_span'][1]}",
         f"history       mean {s['mean_length']:.2f}; quantiles "
         + ", ".join(f"{q}%: {value:.0f}" for q, value in s["length_quantiles"].items()),
@@ -77,5 +77,5 @@ def describe(dataset: Dataset, rows: Rows) -> str:
             f"{100 * modality['events']:.1f}% of events"
         )
     lines.append("problems      " + ("none" if not dataset.problems else ""))
-    lines += [f"  {p.count:,} x {p.kind}, {p.action}: {', '.join(p.where)}" for p in dataset.problems]
+    lines += [f"  {p.occurrences:,} x {p.kind}, {p.action}: {', '.join(p.where)}" for p in dataset.problems]
     return "\n".join(lines)

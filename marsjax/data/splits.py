@@ -32,12 +32,12 @@ def make_rows(
     Raises:
         ValueError: unknown split or history; fractions outside [0, 1) or together not below 1 (at most 1 for groups).
     """
-    if not (0 <= fraction_test and 0 <= fraction_valid and fraction_test + fraction_valid < 1):
+    if not (fraction_test >= 0 and fraction_valid >= 0 and fraction_test + fraction_valid < 1):
         raise ValueError(
             f"split: expected fractions from 0 that leave something to train on, found test {fraction_test} and "
             f"validation {fraction_valid}"
         )
-    if not (0 <= low_fraction and 0 <= high_fraction and low_fraction + high_fraction <= 1):
+    if not (low_fraction >= 0 and high_fraction >= 0 and low_fraction + high_fraction <= 1):
         raise ValueError(
             f"split: expected low_fraction and high_fraction from 0 and together at most 1, found {low_fraction} and "
             f"{high_fraction}"

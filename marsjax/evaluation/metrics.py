@@ -144,5 +144,7 @@ def _checked(label_B: np.ndarray, score_B: np.ndarray) -> tuple[np.ndarray, np.n
         raise ValueError(f"expected one score a label, found {score_B.shape} scores and {label_B.shape} labels")
     bad_B = ~np.isfinite(score_B)
     if bad_B.any():
-        raise ValueError(f"expected finite scores, found {int(bad_B.sum())} that are not, the first in row {np.argmax(bad_B)}")
+        raise ValueError(
+            f"expected finite scores, found {int(bad_B.sum())} that are not, the first in row {np.argmax(bad_B)}"
+        )
     return label_B, score_B

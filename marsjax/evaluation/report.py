@@ -44,7 +44,9 @@ def quality_rows(
     first = next(iter(results.values()))[0]
     for method, seeds in results.items():
         for predictions in seeds:
-            same = all(np.array_equal(getattr(first, f), getattr(predictions, f)) for f in ("user_B", "item_B", "label_B"))
+            same = all(
+                np.array_equal(getattr(first, f), getattr(predictions, f)) for f in ("user_B", "item_B", "label_B")
+            )
             if not same:
                 raise ValueError(f"{method}: expected predictions on the same rows as the other methods, found others")
     summaries = {method: [summarise(p) for p in seeds] for method, seeds in results.items()}
@@ -54,7 +56,7 @@ def quality_rows(
             keep_B = np.ones(len(first.user_B), bool) if number < 0 else first.group_B == number
             for metric in summaries[method][0][group]:
                 value_S = [summary[group][metric] for summary in summaries[method]]
-                row = {
+                row: dict[str, Any] = {
                     "method": method,
                     "dataset": dataset,
                     "inputs": inputs,
@@ -127,7 +129,9 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Plain text for a terminal."""
     header, lines = cells(rows)
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    text = ["  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) for line in [header, *lines]]
+    text = [
+        "  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) for line in [header, *lines]
+    ]
     return "\n".join(line.rstrip() for line in [_title(rows), text[0], "-" * len(text[0]), *text[1:]])
 
 
@@ -143,8 +147,8 @@ def _title(rows: Sequence[Mapping[str, Any]]) -> str:
     low = next(row["mean"] for row in rows if row["metric"] == "rows" and row["group"] == "low")
     first = rows[0]
     return (
-        f"{first['dataset']}, {first['split']}, {first['seeds']} seed(s); {count:.0f} test rows, {low:.0f} of low-active "
-        "users; intervals and p: paired bootstrap over users"
+        f"{first['dataset']}, {first['split']}, {first['seeds']} seed(s); {count:.0f} test rows, {low:.0f} of low-active"
+        " users; intervals and p: paired bootstrap over users"
     )
 
 
@@ -169,7 +173,9 @@ def machine_description() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     devices = ", ".join(sorted({device.device_kind for device in jax.local_devices()}))

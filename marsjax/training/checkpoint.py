@@ -68,8 +68,9 @@ def save(manager: Manager, step: int, state: PyTree, meta: dict[str, Any]) -> No
         last = manager.orbax.latest_step()
         kept = "no earlier checkpoint exists" if last is None else f"the checkpoint of step {last} is intact"
         raise OSError(
-            errno.ENOSPC, f"no space left while saving step {step} in {manager.folder}; {kept}. Free some space and run "
-            "the same command again to continue"
+            errno.ENOSPC,
+            f"no space left while saving step {step} in {manager.folder}; {kept}. Free some space and run the same "
+            "command again to continue",
         ) from error  # fmt: skip
 
 
@@ -119,7 +120,9 @@ def save_params(folder: pathlib.Path, params: PyTree) -> None:
     except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         if _is_full(error):
-            raise OSError(errno.ENOSPC, f"no space left while writing {folder}; nothing was left half-written") from error
+            raise OSError(
+                errno.ENOSPC, f"no space left while writing {folder}; nothing was left half-written"
+            ) from error
         raise
     files.write_json(folder / "content.json", {"digest": files.digest_arrays(leaves), "leaves": describe(leaves)})
 
@@ -179,7 +182,9 @@ def _mismatch(where: pathlib.Path, expected: dict[str, str], found: dict[str, st
 
 
 def _drop(manager: Manager, step: int, reason: str) -> None:
-    log.warning("checkpoint of step %d in %s is damaged: %s; falling back to the one before", step, manager.folder, reason)
+    log.warning(
+        "checkpoint of step %d in %s is damaged: %s; falling back to the one before", step, manager.folder, reason
+    )
     shutil.rmtree(manager.folder / str(step), ignore_errors=True)
     manager.orbax.reload()
 

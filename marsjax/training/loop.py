@@ -168,9 +168,7 @@ def fit(
                 settle(0)
                 save()
                 saved_at = time.monotonic()
-    return Fitted(
-        best.params, best.statistics, step, best_metric if math.isfinite(best_metric) else None, evaluations
-    )
+    return Fitted(best.params, best.statistics, step, best_metric if math.isfinite(best_metric) else None, evaluations)
 
 
 def forget(folder: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from marsjax.files import write_bytes
 
@@ -53,7 +54,7 @@ def _step_of(line: str) -> float:
         return math.inf  # a line cut off by a kill
 
 
-def _event_writer(folder: pathlib.Path, from_step: int):  # type: ignore[no-untyped-def]
+def _event_writer(folder: pathlib.Path, from_step: int) -> Any:
     try:
         import tensorboardX
     except ImportError:

@@ -29,7 +29,9 @@ def axis_name(mode: str) -> str | None:
     return None if mode == "single" else AXIS
 
 
-def lift(make_step: Callable[[str | None], StepFn], *, mode: str, devices: Sequence[jax.Device] | None = None) -> Lifted:
+def lift(
+    make_step: Callable[[str | None], StepFn], *, mode: str, devices: Sequence[jax.Device] | None = None
+) -> Lifted:
     """Lifts a step made by `make_step(axis_name)`.
 
     `mode` is "pmap", "shard_map" (jax.pmap is in maintenance mode and built on it) or "single" (plain jit on the
@@ -45,7 +47,7 @@ def lift(make_step: Callable[[str | None], StepFn], *, mode: str, devices: Seque
 
 
 def pad_rows(batch: PyTree, multiple: int) -> PyTree:
-    """Pads the leading axis of every leaf with zeros to a multiple. Zero rows have weight 0 and id 0: they count nowhere."""
+    """Pads the leading axis of every leaf with zeros to a multiple. Zero rows have weight 0: they count nowhere."""
 
     def pad(leaf: np.ndarray) -> np.ndarray:
         missing = -len(leaf) % multiple

@@ -46,9 +46,7 @@ def total(value: PyTree, axis_name: str | None) -> PyTree:
     return value if axis_name is None else lax.psum(value, axis_name)
 
 
-def init_state(
-    params: PyTree, statistics: PyTree, optimizer: optax.GradientTransformation, *, seed: int
-) -> TrainState:
+def init_state(params: PyTree, statistics: PyTree, optimizer: optax.GradientTransformation, *, seed: int) -> TrainState:
     """The state before the first step."""
     return TrainState(
         params=params,
