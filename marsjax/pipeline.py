@@ -134,7 +134,9 @@ def load(config: ConfigDict) -> Loaded:
         raise ValueError(f"data.source: expected one of {sorted(sources)}, found {data.source!r}")
     dataset = sources[data.source](data)
     for problem in dataset.problems:
-        log.warning("data: %d x %s, %s: %s", problem.count, problem.kind, problem.action, ", ".join(problem.where))
+        log.warning(
+            "data: %d x %s, %s: %s", problem.occurrences, problem.kind, problem.action, ", ".join(problem.where)
+        )
     split = config.split
     rows = make_rows(
         dataset.log,
@@ -441,7 +443,7 @@ def find_donors(rows: Rows, *, cap: int) -> mars.Donors:
 
 def find_neighbours(
     config: ConfigDict, query_QD: np.ndarray, donor_PD: np.ndarray, donors: mars.Donors, folder: pathlib.Path
-):  # type: ignore[no-untyped-def]
+):
     """Eq. 15 by the chosen backend, with its recall against the exact search."""
     k = min(config.retrieval.donors, len(donors.user_P))
     exact = retrieval.exact_search(query_QD, donor_PD, donors.user_P, k=k)
@@ -457,7 +459,7 @@ def find_neighbours(
     return neighbours, recall
 
 
-def donor_vectors(config: ConfigDict, space: Space, donors: mars.Donors, item_ND: np.ndarray):  # type: ignore[no-untyped-def]
+def donor_vectors(config: ConfigDict, space: Space, donors: mars.Donors, item_ND: np.ndarray):
     """Item vectors of donors for Eq. 16: in the context of the donor's own history, or static."""
     kind = config.augmentation.vectors
     if kind == "static":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,7 @@ def best_run(gain_BL: jax.Array, valid_BL: jax.Array) -> tuple[jax.Array, jax.Ar
     gain_BL = jnp.where(valid_BL, gain_BL, 0.0)
     n = gain_BL.shape[0]
 
-    def advance(
-        carry: tuple[jax.Array, ...], column: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, ...], None]:
+    def advance(carry: Any, column: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         here_B, start_B, best_B, first_B, last_B = carry
         gain_B, at = column
         restart_B = here_B <= 0.0

@@ -66,7 +66,7 @@ def lifted_step(model: nn.Module, settings: AdamW, mode: str) -> Lifted:
     """The training step over all devices. Cached: every method and seed trains with one compiled step a length."""
 
     def make(axis: str | None) -> StepFn:
-        loss = make_loss(model.clone(axis_name=axis), axis_name=axis)  # type: ignore[call-arg]
+        loss = make_loss(model.clone(axis_name=axis), axis_name=axis)
         return make_step(loss, adamw(settings), axis_name=axis)
 
     return lift(make, mode=mode)

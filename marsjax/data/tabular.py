@@ -126,7 +126,7 @@ def _ids(column: np.ndarray) -> np.ndarray:
         whole = np.where(missing, 0, column)
         text = whole.astype(np.int64).astype(str) if (whole == np.floor(whole)).all() else whole.astype(str)
         return np.where(missing, "", text)
-    missing = np.equal(column, None)
+    missing = np.array([value is None for value in column], bool)
     return np.where(missing, "", column).astype(str)
 
 

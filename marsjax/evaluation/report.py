@@ -147,8 +147,8 @@ def _title(rows: Sequence[Mapping[str, Any]]) -> str:
     low = next(row["mean"] for row in rows if row["metric"] == "rows" and row["group"] == "low")
     first = rows[0]
     return (
-        f"{first['dataset']}, {first['split']}, {first['seeds']} seed(s); {count:.0f} test rows, {low:.0f} of low-active"
-        " users; intervals and p: paired bootstrap over users"
+        f"{first['dataset']}, {first['split']}, {first['seeds']} seed(s); {count:.0f} test rows, {low:.0f} of "
+        "low-active users; intervals and p: paired bootstrap over users"
     )
 
 
