@@ -116,6 +116,9 @@ def default_config(preset: str = "mars") -> ConfigDict:
     evaluation.bootstrap = 1000  # resamples of the users
     evaluation.inputs = "ids"  # how reports name the inputs of the CTR model
 
+    config.export = export = ConfigDict()
+    export.method = "mars"  # which of evaluation.methods `marsjax export` bundles
+
     if preset == "paper":
         alignment.normalise = False  # nothing in Eqs. 3-8 normalises
         alignment.residual = False  # Eq. 11 as printed

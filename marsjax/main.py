@@ -27,7 +27,6 @@ COMMANDS = {
     "align": Command("train the aligned space; write item and user vectors"),
     "augment": Command("write what every low-active user borrows, as Parquet", ("output",)),
     "train": Command("train and score the CTR model with every method"),
-    "evaluate": Command("print the table of the methods that were trained"),
     "export": Command("write a bundle that loads anywhere and gives the same scores", ("output",)),
     "score": Command("score requests (JSON lines) with a bundle", ("bundle", "requests", "output"), False),
 }
@@ -75,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         positional = [config, arguments.workdir]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of a save
+    logging.getLogger("jax").setLevel(logging.WARNING)  # jax tells which backends it looked for
     flags = {flag: getattr(arguments, flag) for flag in command.flags}
     try:
         pipeline = importlib.import_module("marsjax.pipeline")

@@ -11,7 +11,6 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -21,8 +20,7 @@ from marsjax.augmentation import controls, mars, table
 from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import fingerprint, to_json
 from marsjax.ctr import objective
-from marsjax.ctr.din import Din
-from marsjax.ctr.dnn import Dnn
+from marsjax.ctr.backbones import make_backbone
 from marsjax.data import batches, inspection
 from marsjax.data.histories import gather_histories
 from marsjax.data.movielens import load_movielens
@@ -44,6 +42,8 @@ from marsjax.records import (
     Queries,
     Rows,
 )
+from marsjax.serving import bundle as serving
+from marsjax.serving.requests import read_requests, write_scores
 from marsjax.stages import stage
 from marsjax.training import checkpoint, loop
 from marsjax.training.optimizer import AdamW, adamw
@@ -81,6 +81,14 @@ class Donation(NamedTuple):
     fingerprint: str
 
 
+class Trained(NamedTuple):
+    """A CTR model and its scores of the test rows."""
+
+    predictions: Predictions
+    params: PyTree
+    statistics: PyTree
+
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +101,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
         space = align_stage(config, loaded, workdir, seed)
         donation = augment_stage(config, loaded, space, workdir, seed)
         for method, predictions in results.items():
-            predictions.append(train_stage(config, loaded, donation, workdir, seed, method))
+            predictions.append(train_stage(config, loaded, donation, workdir, seed, method).predictions)
     write_report(config, loaded, results, workdir, seconds=time.monotonic() - began)
 
 
@@ -121,6 +129,51 @@ def augment(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path |
     candidates = table.read_candidates(donation.folder / "candidates.npz")
     table.write_parquet(output, candidates, donation.queries, loaded.rows, loaded.dataset)
     say(f"{donation.borrowed.start_Q1[-1]} borrowed items of {len(donation.queries.user_Q)} queries: {output}")
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Trains and scores the CTR model with every method, for every seed."""
+    loaded = load(config)
+    for seed in config.seeds:
+        space = align_stage(config, loaded, workdir, seed)
+        donation = augment_stage(config, loaded, space, workdir, seed)
+        for method in config.evaluation.methods:
+            train_stage(config, loaded, donation, workdir, seed, method)
+
+
+def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | None = None) -> None:
+    """Writes a bundle of the method `export.method`, trained with the first seed."""
+    loaded, seed, method = load(config), config.seeds[0], config.export.method
+    space = align_stage(config, loaded, workdir, seed)
+    donation = augment_stage(config, loaded, space, workdir, seed)
+    trained = train_stage(config, loaded, donation, workdir, seed, method)
+    vectors = np.load(embed_stage(config, loaded, space, workdir, seed) / "embeddings.npz")
+    output = output or workdir / "bundle"
+    serving.write_bundle(
+        output,
+        config=to_json(config),
+        counts=counts(loaded),
+        users=bundle_users(config, loaded, donation, seed, method, vectors["user_UD"]),
+        items=serving.Items(*loaded.dataset.items[:3], vectors["item_ND"]),
+        ctr={"params": trained.params, "statistics": trained.statistics},
+        alignment=space.params,
+        donors=donation.donors._asdict(),
+        write_index=lambda folder: retrieval.save_index(
+            retrieval.build_index(vectors["user_UD"][donation.donors.user_P], donation.donors.user_P), folder
+        ),
+    )
+    say(f"bundle: {output}")
+
+
+def score(*, bundle: pathlib.Path | None, requests: pathlib.Path | None, output: pathlib.Path | None) -> None:
+    """Scores a file of requests with a bundle."""
+    missing = [f"--{name}" for name, value in (("bundle", bundle), ("requests", requests)) if value is None]
+    if bundle is None or requests is None:
+        raise ValueError(f"score: expected --bundle=DIR and --requests=FILE, found no {' and no '.join(missing)}")
+    read = read_requests(requests)
+    output = output or requests.with_suffix(".scores.jsonl")
+    write_scores(output, read, serving.score(serving.load_bundle(bundle), read))
+    say(f"{len(read)} requests scored: {output}")
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -276,11 +329,12 @@ def augment_stage(config: ConfigDict, loaded: Loaded, space: Space, workdir: pat
 
 def train_stage(
     config: ConfigDict, loaded: Loaded, donation: Donation, workdir: pathlib.Path, seed: int, method: str
-) -> Predictions:
+) -> Trained:
     """Trains the CTR model on histories augmented by `method` and scores the test rows."""
     cfg, log_, rows = config.ctr, loaded.dataset.log, loaded.rows
     augmentation, source_key = choose_augmentation(config, loaded, donation, seed, method)
-    model, settings = make_backbone(config, loaded), AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
+    model = make_backbone(to_json(cfg), **counts(loaded))
+    settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
     tables = ItemTables(loaded.dataset.items.category_NG)
     key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, source_key)
     gather: dict[str, Any] = {
@@ -290,11 +344,11 @@ def train_stage(
         "augmentation": augmentation,
     }
     test_E = np.flatnonzero(rows.split_E == TEST)
+    template = objective.init_model(model, tables, seed=seed)
 
     def build(folder: pathlib.Path) -> None:
         train_E, valid_E = np.flatnonzero(rows.split_E == TRAIN), np.flatnonzero(rows.split_E == VALID)
         source, per_epoch = batches.ctr_source(log_, rows, train_E, epochs=cfg.epochs, seed=seed, **gather)
-        params, statistics = objective.init_model(model, source[0], tables, seed=seed)
 
         def score(params: PyTree, statistics: PyTree, row_R: np.ndarray) -> np.ndarray:
             evaluation = batches.evaluation_batches(log_, rows, row_R, **gather)
@@ -309,7 +363,7 @@ def train_stage(
 
         fitted = loop.fit(
             objective.lifted_step(model, settings, config.training.sharding),
-            init_state(params, statistics, adamw(settings), seed=seed),
+            init_state(template["params"], template["statistics"], adamw(settings), seed=seed),
             batches.iterate(source),
             tables,
             schedule=loop.Schedule(
@@ -325,16 +379,16 @@ def train_stage(
             title=f"{method}, seed {seed}",
             evaluate=evaluate,
         )
-        checkpoint.save_params(folder / "params", {"params": fitted.params, "statistics": fitted.statistics})
+        trained = {"params": fitted.params, "statistics": fitted.statistics}
+        checkpoint.save_params(folder / "params", trained)
         files.write_json(folder / "evaluations.json", fitted.evaluations)
         files.write_arrays(folder / "test.npz", score=score(fitted.params, fitted.statistics, test_E))
         loop.forget(folder)
 
     folder = stage(workdir, f"{method}-seed{seed}", key, build)
-    user_B = rows.user_E[test_E]
-    return Predictions(
-        user_B, log_.item_E[test_E], log_.label_E[test_E], np.load(folder / "test.npz")["score"], rows.group_U[user_B]
-    )
+    score_B, user_B = np.load(folder / "test.npz")["score"], rows.user_E[test_E]
+    predictions = Predictions(user_B, log_.item_E[test_E], log_.label_E[test_E], score_B, rows.group_U[user_B])
+    return Trained(predictions, **checkpoint.load_params(folder / "params", template))
 
 
 def write_report(
@@ -493,21 +547,39 @@ def choose_augmentation(
     return augmentation, [method, donation.fingerprint, cfg.time_safe, cfg.drop_target]
 
 
-def make_backbone(config: ConfigDict, loaded: Loaded) -> nn.Module:
-    """The CTR model that the configuration names."""
-    cfg, items = config.ctr, loaded.dataset.items
-    shared = {
+def counts(loaded: Loaded) -> dict[str, int]:
+    """Sizes of the embedding tables."""
+    items = loaded.dataset.items
+    return {
         "n_items": len(items.raw_id_N),
         "n_categories": len(items.category_names),
-        "n_users": len(loaded.dataset.log.raw_user_U) if cfg.user_id else 0,
-        "embedding": cfg.embedding,
-        "tower": tuple(cfg.tower),
-        "activation": cfg.activation,
+        "n_users": len(loaded.dataset.log.raw_user_U),
     }
-    backbones = {
-        "din": lambda: Din(**shared, attention=tuple(cfg.attention), softmax=cfg.softmax),
-        "dnn": lambda: Dnn(**shared),
-    }
-    if cfg.backbone not in backbones:
-        raise ValueError(f"ctr.backbone: expected one of {sorted(backbones)}, found {cfg.backbone!r}")
-    return backbones[cfg.backbone]()
+
+
+def bundle_users(
+    config: ConfigDict, loaded: Loaded, donation: Donation, seed: int, method: str, user_UD: np.ndarray
+) -> serving.Users:
+    """Users with their latest histories and what they borrow through their whole training history."""
+    histories, n_users = loaded.rows.histories, len(loaded.rows.group_U)
+    augmentation, _ = choose_augmentation(config, loaded, donation, seed, method)
+    count_U, slot_S = np.zeros(n_users, np.int64), np.zeros(0, np.int64)
+    items, times = np.zeros(0, np.int32), np.zeros(0, np.int64)
+    if augmentation is not None:
+        user_Q, start_Q1 = augmentation.queries.user_Q, augmentation.borrowed.start_Q1
+        # Queries are sorted by user and end: the last of a user is the one with the whole training history.
+        last_Q = np.flatnonzero(np.append(user_Q[1:] != user_Q[:-1], True)) if len(user_Q) else np.zeros(0, np.int64)
+        length_X = np.diff(start_Q1)[last_Q]
+        count_U[user_Q[last_Q]] = length_X
+        slot_S = np.repeat(start_Q1[last_Q] - (np.cumsum(length_X) - length_X), length_X) + np.arange(length_X.sum())
+        items, times = augmentation.borrowed.item_S[slot_S], augmentation.borrowed.time_S[slot_S]
+    return serving.Users(
+        raw_user_U=loaded.dataset.log.raw_user_U,
+        group_U=loaded.rows.group_U,
+        user_UD=user_UD,
+        start_U1=histories.start_U1,
+        item_H=histories.item_H,
+        borrowed_U1=np.concatenate([[0], np.cumsum(count_U)]),
+        borrowed_item_S=items,
+        borrowed_time_S=times,
+    )

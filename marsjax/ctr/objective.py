@@ -20,11 +20,12 @@ from marsjax.training.step import LossFn, Share, StepFn, make_step, total
 PyTree = Any
 
 
-def init_model(model: nn.Module, batch: CtrBatch, tables: ItemTables, *, seed: int) -> tuple[PyTree, PyTree]:
-    """Parameters and running statistics of a backbone; the batch only gives shapes."""
-    small = jax.tree.map(lambda leaf: leaf[:2], batch)
-    variables = model.init(jax.random.key(seed), small, tables, train=False)
-    return variables["params"], variables.get("statistics", {})
+def init_model(model: nn.Module, tables: ItemTables, *, seed: int) -> dict[str, PyTree]:
+    """Parameters and running statistics of a backbone, under "params" and "statistics"."""
+    number_B, weight_B, history_BL = np.zeros(2, np.int32), np.zeros(2, np.float32), np.zeros((2, 1), np.int32)
+    batch = CtrBatch(number_B, number_B, weight_B, weight_B, history_BL, history_BL > 0)
+    variables = model.init(jax.random.key(seed), batch, tables, train=False)
+    return {"params": variables["params"], "statistics": variables.get("statistics", {})}
 
 
 def make_loss(model: nn.Module, *, axis_name: str | None) -> LossFn:

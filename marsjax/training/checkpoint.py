@@ -151,20 +151,25 @@ def load_params(folder: pathlib.Path, template: PyTree) -> PyTree:
     return unflatten(leaves, template)
 
 
-def flatten(tree: PyTree) -> dict[str, np.ndarray]:
+def flatten(tree: PyTree) -> dict[str, Any]:
     """Leaves by path. Orbax stores a flat dictionary, so that NamedTuples of any library survive."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {f"{i:04d}{jax.tree_util.keystr(path)}": np.asarray(leaf) for i, (path, leaf) in enumerate(leaves)}
+    return {f"{i:04d}{jax.tree_util.keystr(path)}": _on_host(leaf) for i, (path, leaf) in enumerate(leaves)}
 
 
-def unflatten(leaves: dict[str, np.ndarray], template: PyTree) -> PyTree:
+def _on_host(leaf: Any) -> Any:
+    # A template may hold shapes instead of arrays.
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
+
+
+def unflatten(leaves: dict[str, Any], template: PyTree) -> PyTree:
     """The inverse of `flatten`."""
     return jax.tree.unflatten(jax.tree.structure(template), [leaves[name] for name in flatten(template)])
 
 
-def describe(leaves: dict[str, np.ndarray]) -> dict[str, str]:
+def describe(leaves: dict[str, Any]) -> dict[str, str]:
     """dtype and shape of each leaf, as JSON."""
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+    return {name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
 def _parsed(described: dict[str, str]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

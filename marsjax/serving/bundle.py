@@ -1,0 +1,229 @@
+"""A bundle: all that scoring needs in one folder, checked by sums, loadable in any process.
+
+manifest.json     versions, counts, configuration, sha256 of every file
+ctr/, alignment/  parameters (orbax)
+items.npz         ids, titles, categories, static vectors
+users.npz         ids, activity groups, vectors, latest histories, what each low-active user borrows
+donors.npz        training histories of the high-active users
+index/            the index over their vectors
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from marsjax import __version__, files
+from marsjax.ctr import objective
+from marsjax.ctr.backbones import make_backbone
+from marsjax.records import CtrBatch, ItemTables
+from marsjax.training import checkpoint
+
+FORMAT = 1
+PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "usearch")
+PyTree = Any
+
+
+class Users(NamedTuple):
+    """Users as a bundle holds them; the arrays of users.npz."""
+
+    raw_user_U: np.ndarray  # [U] str, ascending
+    group_U: np.ndarray  # [U] int8
+    user_UD: np.ndarray  # [U, D] float32
+    start_U1: np.ndarray  # [U + 1] int64 into item_H
+    item_H: np.ndarray  # [H] int32, the latest histories
+    borrowed_U1: np.ndarray  # [U + 1] int64 into borrowed_item_S
+    borrowed_item_S: np.ndarray  # [S] int32
+    borrowed_time_S: np.ndarray  # [S] int64
+
+
+class Items(NamedTuple):
+    """Items as a bundle holds them; the arrays of items.npz."""
+
+    raw_id_N: np.ndarray  # [N] str, "" and then ascending
+    title_N: np.ndarray  # [N] str
+    category_NG: np.ndarray  # [N, G] int32
+    item_ND: np.ndarray  # [N, D] float32
+
+
+class Bundle(NamedTuple):
+    """A loaded bundle."""
+
+    model: nn.Module
+    params: PyTree
+    statistics: PyTree
+    users: Users
+    items: Items
+    manifest: dict[str, Any]
+    folder: pathlib.Path
+
+
+class Request(NamedTuple):
+    """Candidates to score for one user, by ids of the source."""
+
+    user: str
+    items: tuple[str, ...]
+    history: tuple[str, ...] | None = None  # replaces the history in the bundle
+    time: int | None = None  # for time-safe borrowing
+
+
+def write_bundle(
+    folder: pathlib.Path,
+    *,
+    config: Mapping[str, Any],
+    counts: Mapping[str, int],
+    users: Users,
+    items: Items,
+    ctr: PyTree,
+    alignment: PyTree,
+    donors: Mapping[str, np.ndarray],
+    write_index: Callable[[pathlib.Path], None],
+) -> None:
+    """Writes a bundle beside `folder` and renames it, so that it appears whole or not at all.
+
+    Raises:
+        ValueError: `folder` exists.
+        OSError: the disk is full; nothing is left behind.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists():
+        raise ValueError(
+            f"{folder}: expected a folder that does not exist yet, since bundles never change; give another"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        checkpoint.save_params(partial / "ctr", ctr)
+        checkpoint.save_params(partial / "alignment", alignment)
+        files.write_arrays(partial / "items.npz", **items._asdict())
+        files.write_arrays(partial / "users.npz", **users._asdict())
+        files.write_arrays(partial / "donors.npz", **donors)
+        write_index(partial / "index")
+        manifest = {
+            "format": FORMAT,
+            "versions": {"marsjax": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
+            "counts": dict(counts),
+            "config": dict(config),
+            "sha256": {path.relative_to(partial).as_posix(): files.sha256_file(path) for path in _files(partial)},
+        }
+        files.write_json(partial / "manifest.json", manifest)
+        os.chmod(partial, 0o755)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise files.explain(error, folder) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_bundle(folder: pathlib.Path) -> Bundle:
+    """Loads a bundle; every file is held against its sum first.
+
+    Raises:
+        ValueError: no bundle, another format, a file missing, added or changed.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder}: expected a bundle written by `marsjax export` (manifest.json), found none")
+    manifest = files.read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder / 'manifest.json'}: expected a bundle of format {FORMAT}; export it again")
+    present = {path.relative_to(folder).as_posix() for path in _files(folder)} - {"manifest.json"}
+    if present != set(manifest["sha256"]):
+        different = ", ".join(sorted(present ^ set(manifest["sha256"]))[:3])
+        raise ValueError(f"{folder}: expected exactly the files of the manifest, found a difference in {different}")
+    for name, expected in manifest["sha256"].items():
+        found = files.sha256_file(folder / name)
+        if found != expected:
+            raise ValueError(f"{folder / name}: expected sha256 {expected}, found {found}; the bundle is damaged")
+    with np.load(folder / "users.npz") as arrays:
+        users = Users(**{name: arrays[name] for name in Users._fields})
+    with np.load(folder / "items.npz") as arrays:
+        items = Items(**{name: arrays[name] for name in Items._fields})
+    model = make_backbone(manifest["config"]["ctr"], **manifest["counts"])
+    template = jax.eval_shape(lambda: objective.init_model(model, ItemTables(items.category_NG), seed=0))
+    trained = checkpoint.load_params(folder / "ctr", template)
+    return Bundle(model, trained["params"], trained["statistics"], users, items, manifest, folder)
+
+
+def score(bundle: Bundle, requests: Sequence[Request], *, size: int = 256) -> list[np.ndarray]:
+    """Click probabilities of every request's items, [C] float32 each.
+
+    An unknown user has no history of its own but the one given, and borrows nothing. Unknown history items are
+    passed over.
+
+    Raises:
+        ValueError: a candidate that the bundle does not know; the message names it.
+    """
+    if not requests:
+        return []
+    config, users = bundle.manifest["config"], bundle.users
+    cap = int(config["ctr"]["cap"])
+    count_R = np.array([len(request.items) for request in requests])
+    target_B = _numbers(bundle, [item for request in requests for item in request.items])
+    if (target_B == 0).any():
+        at = int(np.argmax(target_B == 0))
+        name = [item for request in requests for item in request.items][at]
+        row = int(np.searchsorted(np.cumsum(count_R), at, side="right"))
+        raise ValueError(f"request {row + 1}: expected items that the bundle knows, found {name!r}; drop it")
+    user_R = _user_numbers(bundle, [request.user for request in requests])
+    history_RL, borrowed_RL = np.zeros((len(requests), cap), np.int32), np.zeros((len(requests), cap), bool)
+    for row, (request, user) in enumerate(zip(requests, user_R, strict=True)):
+        own = users.item_H[users.start_U1[user] : users.start_U1[user + 1]] if user >= 0 else np.zeros(0, np.int32)
+        if request.history is not None:
+            own = _numbers(bundle, request.history)
+            own = own[own > 0]
+        own = own[-cap:]
+        lent = slice(users.borrowed_U1[user], users.borrowed_U1[user + 1]) if user >= 0 else slice(0, 0)
+        items, times = users.borrowed_item_S[lent], users.borrowed_time_S[lent]
+        room = cap - len(own)
+        items, times = items[len(items) - min(room, len(items)) :], times[len(times) - min(room, len(times)) :]
+        if config["augmentation"]["time_safe"] and request.time is not None:
+            items = np.where(times <= request.time, items, 0)
+        history_RL[row, : len(items)] = items
+        history_RL[row, len(items) : len(items) + len(own)] = own
+        borrowed_RL[row, : len(items)] = items > 0
+    row_B = np.repeat(np.arange(len(requests)), count_R)
+
+    def batches() -> Iterator[CtrBatch]:
+        for begin in range(0, len(row_B), size):
+            part = slice(begin, begin + size)
+            n = len(row_B[part])
+            history_BL, borrowed_BL = history_RL[row_B[part]], borrowed_RL[row_B[part]]
+            if config["augmentation"]["drop_target"]:
+                same_BL = borrowed_BL & (history_BL == target_B[part][:, None])
+                history_BL, borrowed_BL = np.where(same_BL, 0, history_BL), borrowed_BL & ~same_BL
+            values = (user_R[row_B[part]].astype(np.int32) + 1, target_B[part], np.zeros(n, np.float32),
+                      np.ones(n, np.float32), history_BL, borrowed_BL)  # fmt: skip
+            yield CtrBatch(*(np.pad(value, [(0, size - n)] + [(0, 0)] * (value.ndim - 1)) for value in values))
+
+    tables = ItemTables(bundle.items.category_NG)
+    score_B = objective.score(bundle.model, bundle.params, bundle.statistics, tables, batches())
+    return np.split(score_B, np.cumsum(count_R)[:-1])
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _numbers(bundle: Bundle, names: Sequence[str]) -> np.ndarray:
+    """Item numbers [X] int32; 0 where the bundle does not know the id."""
+    return (_find(bundle.items.raw_id_N[1:], names) + 1).astype(np.int32)
+
+
+def _user_numbers(bundle: Bundle, names: Sequence[str]) -> np.ndarray:
+    return _find(bundle.users.raw_user_U, names)
+
+
+def _find(sorted_X: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    wanted = np.asarray(names, str)
+    at = np.minimum(np.searchsorted(sorted_X, wanted), len(sorted_X) - 1)
+    return np.where(sorted_X[at] == wanted, at, -1) if len(wanted) else np.zeros(0, np.int64)
