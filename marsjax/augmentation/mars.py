@@ -38,8 +38,8 @@ def cosine(vector_BSD: jax.Array, query_BD: jax.Array, centre_D: jax.Array) -> j
     Mean-pooled vectors share a large common part and their cosines bunch near 1; moving by the mean of the donors'
     vectors spreads them.
     """
-    vector_BSD = vector_BSD - centre_D
-    query_BD = query_BD - centre_D
+    vector_BSD = vector_BSD - centre_D[None, None, :]
+    query_BD = query_BD - centre_D[None, :]
     dot_BS = jnp.einsum("bsd,bd->bs", vector_BSD, query_BD)
     norm_BS = jnp.sqrt(jnp.sum(vector_BSD**2, axis=-1) * jnp.sum(query_BD**2, axis=-1)[:, None])
     return dot_BS / jnp.maximum(norm_BS, 1e-12)
@@ -133,7 +133,6 @@ STRATEGIES = {
 
 def drop_repeats(item_BS: jax.Array, kept_BS: jax.Array) -> jax.Array:
     """Of several kept entries of one item, keeps the last: the nearest donor's, nearest to the own history."""
-    column_S = jnp.arange(item_BS.shape[1])[None, :]
     # Stable sort by item brings the repeats together, in their order; the last of each group stays.
     key_BS = jnp.where(kept_BS, item_BS, -1)
     order_BS = jnp.argsort(key_BS, axis=1, stable=True)
@@ -141,7 +140,7 @@ def drop_repeats(item_BS: jax.Array, kept_BS: jax.Array) -> jax.Array:
     last_BS = jnp.concatenate([sorted_BS[:, :-1] != sorted_BS[:, 1:], jnp.ones_like(sorted_BS[:, :1], bool)], axis=1)
     rows_B1 = jnp.arange(item_BS.shape[0])[:, None]
     is_last_BS = jnp.zeros(item_BS.shape, bool).at[rows_B1, order_BS].set(last_BS)
-    return kept_BS & is_last_BS & (column_S >= 0)
+    return kept_BS & is_last_BS
 
 
 @functools.partial(jax.jit, static_argnames=("keep", "theta", "theta_quantile"))

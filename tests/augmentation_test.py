@@ -1,0 +1,231 @@
+"""Borrowing: each strategy against its definition, and no query that sees what comes after its row."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from marsjax.augmentation import controls, mars
+from marsjax.augmentation.queries import make_queries
+from marsjax.data.splits import make_rows
+from marsjax.records import LOW, TEST, TRAIN, VALID, Neighbours
+from tests.data_batches_test import small_log
+
+P, L, D, Q, K = 6, 8, 5, 4, 3
+
+
+@pytest.fixture(scope="module")
+def case():
+    rng = np.random.default_rng(0)
+    item_PL = rng.integers(1, 15, (P, L)).astype(np.int32)
+    item_PL[2, 5:] = 0
+    donors = mars.Donors(np.arange(10, 10 + P, dtype=np.int32), item_PL, rng.integers(0, 99, (P, L)))
+    user_QK = np.stack([rng.permutation(P)[:K] for _ in range(Q)]) + 10
+    valid_QK = np.ones((Q, K), bool)
+    valid_QK[3, 1:] = False
+    neighbours = Neighbours(
+        np.where(valid_QK, user_QK, -1), np.where(valid_QK, [[0.9, 0.5, 0.1]], -np.inf).astype(np.float32), valid_QK
+    )
+    return donors, neighbours, rng.normal(size=(Q, D)).astype(np.float32), rng.normal(size=(P, L, D)).astype(np.float32)
+
+
+def run(case, strategy, *, theta=None, theta_quantile=None, centre=0.0):
+    donors, neighbours, query_QD, vector_PLD = case
+    return mars.borrow(
+        donors,
+        neighbours,
+        query_QD,
+        lambda position_X: vector_PLD[position_X],
+        strategy=strategy,
+        theta=theta,
+        theta_quantile=theta_quantile,
+        centre_D=np.full(D, centre, np.float32),
+        size=3,
+    )
+
+
+def candidates_of(case, q, k, centre=0.0):
+    """(item, similarity) of the first `k` donors of a query, least similar donor first, one by one."""
+    donors, neighbours, query_QD, vector_PLD = case
+    out = []
+    for user, valid in list(zip(neighbours.user_BK[q, :k], neighbours.valid_BK[q, :k], strict=True))[::-1]:
+        if valid:
+            row = user - 10
+            for item, vector in zip(donors.item_PL[row], vector_PLD[row], strict=True):
+                if item:
+                    a, b = vector - centre, query_QD[q] - centre
+                    out.append((user, item, float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))))
+    return out
+
+
+def last_of_each(kept):
+    items = [item for _, item, _ in kept]
+    return [entry for i, entry in enumerate(kept) if entry[1] not in items[i + 1 :]]
+
+
+def kept_of(found, q):
+    keep = found.kept_QS[q]
+    return list(zip(found.donor_QS[q][keep], found.item_QS[q][keep], found.similarity_QS[q][keep], strict=True))
+
+
+def assert_same(found, expected):
+    assert [entry[:2] for entry in found] == [entry[:2] for entry in expected]
+    np.testing.assert_allclose([entry[2] for entry in found], [entry[2] for entry in expected], atol=1e-5)
+
+
+@pytest.mark.parametrize("centre", [0.0, 0.3])
+def test_filter_keeps_items_at_least_theta(case, centre):
+    found = run(case, "filter", theta=0.1, centre=centre)
+    for q in range(Q):
+        expected = last_of_each([entry for entry in candidates_of(case, q, 1, centre) if entry[2] >= 0.1])
+        assert_same(kept_of(found, q), expected)
+
+
+def test_filter_by_quantile_keeps_the_better_part(case):
+    found = run(case, "filter", theta_quantile=0.5)
+    for q in range(Q):
+        everything = candidates_of(case, q, 1)
+        theta = sorted(s for _, _, s in everything)[len(everything) // 2]
+        assert_same(kept_of(found, q), last_of_each([e for e in everything if e[2] >= theta]))
+
+
+def test_most_similar_copies_the_nearest_donor(case):
+    found = run(case, "most_similar", theta_quantile=0.0)
+    for q in range(Q):
+        assert_same(kept_of(found, q), last_of_each(candidates_of(case, q, 1)))
+
+
+def test_kth_similar_goes_from_least_to_most_similar(case):
+    found = run(case, "kth_similar", theta_quantile=0.0)
+    for q in range(Q):
+        assert_same(kept_of(found, q), last_of_each(candidates_of(case, q, K)))
+
+
+def test_dp_takes_the_best_run_of_one_donor(case):
+    found = run(case, "dp", theta=0.1)
+    for q in range(Q):
+        best, run_kept = 0.0, []
+        for _, group in itertools.groupby(candidates_of(case, q, K), key=lambda entry: entry[0]):
+            entries = list(group)
+            for i, j in itertools.combinations(range(len(entries) + 1), 2):
+                value = sum(s - 0.1 for _, _, s in entries[i:j])
+                if value > best + 1e-6:
+                    best, run_kept = value, entries[i:j]
+        assert_same(kept_of(found, q), last_of_each(run_kept))
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_best_run_against_enumeration(n):
+    rng = np.random.default_rng(n)
+    gain_BL = np.round(rng.normal(size=(20, n)), 2).astype(np.float32)
+    valid_BL = rng.random((20, n)) < 0.8
+    best_B, first_B, last_B = mars.best_run(gain_BL, valid_BL)
+    for b in range(20):
+        gain = np.where(valid_BL[b], gain_BL[b], 0)
+        sums = {(i, j): gain[i : j + 1].sum() for i in range(n) for j in range(i, n)}
+        expected = max(0.0, max(sums.values()))
+        assert float(best_B[b]) == pytest.approx(expected, abs=1e-5)
+        if expected > 1e-6:
+            assert sums[int(first_B[b]), int(last_B[b])] == pytest.approx(expected, abs=1e-5)
+        else:
+            assert last_B[b] < first_B[b]
+
+
+def test_quantile_zero_keeps_all_and_every_rate_is_reported(case):
+    assert run(case, "filter", theta_quantile=0.0).kept_QS.sum() == run(case, "most_similar", theta_quantile=0.0).kept_QS.sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "nearest", "theta": 0.1}, "expected one of"),
+        ({"strategy": "filter"}, "exactly one of theta"),
+        ({"strategy": "filter", "theta": 0.1, "theta_quantile": 0.5}, "exactly one of theta"),
+    ],
+)
+def test_bad_options_are_refused(case, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(case, **options)
+
+
+def test_csr_holds_the_kept_items_in_order(case):
+    found = run(case, "kth_similar", theta_quantile=0.0)
+    borrowed = mars.kept_items(found)
+    for q in range(Q):
+        part = slice(borrowed.start_Q1[q], borrowed.start_Q1[q + 1])
+        np.testing.assert_array_equal(borrowed.item_S[part], found.item_QS[q][found.kept_QS[q]])
+        np.testing.assert_array_equal(borrowed.donor_S[part], found.donor_QS[q][found.kept_QS[q]])
+
+
+# --- queries
+
+
+@pytest.mark.parametrize("split", ["leave_one_out", "last_fraction", "global_time"])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_prefix_queries_end_before_their_row(split, stride):
+    """The leak of the label: no row may borrow through a query that saw the row or anything later."""
+    log = small_log(users=30)
+    rows = make_rows(log, split=split, low_fraction=0.5)
+    queries = make_queries(rows, prefix_stride=stride)
+    borrows_E = queries.query_E >= 0
+    assert borrows_E.any()
+    query_E = queries.query_E[borrows_E]
+    assert (queries.end_Q[query_E] <= rows.histories.end_E[borrows_E]).all()
+    np.testing.assert_array_equal(queries.user_Q[query_E], rows.user_E[borrows_E])
+    assert (rows.group_U[queries.user_Q] == LOW).all()
+    # The longest such prefix: a stride more would reach the row, unless the training history is used whole.
+    whole = queries.end_Q[query_E] == rows.histories.train_end_U[rows.user_E[borrows_E]]
+    assert (whole | (queries.end_Q[query_E] + stride > rows.histories.end_E[borrows_E])).all()
+    later = np.isin(rows.split_E, (VALID, TEST)) & (rows.group_U[rows.user_E] == LOW)
+    later &= (rows.histories.train_end_U > rows.histories.start_U1[:-1])[rows.user_E]
+    np.testing.assert_array_equal(
+        queries.end_Q[queries.query_E[later]], rows.histories.train_end_U[rows.user_E[later]]
+    )
+
+
+def test_stride_zero_is_one_query_a_user_and_does_leak():
+    log = small_log(users=30)
+    rows = make_rows(log, split="leave_one_out", low_fraction=0.5)
+    queries = make_queries(rows, prefix_stride=0)
+    assert len(queries.user_Q) == len(set(queries.user_Q))
+    train = (rows.split_E == TRAIN) & (queries.query_E >= 0)
+    assert (queries.end_Q[queries.query_E[train]] > rows.histories.end_E[train]).any()
+
+
+def test_no_low_active_user_borrows_nothing():
+    rows = make_rows(small_log(), split="leave_one_out", low_fraction=0.0)
+    queries = make_queries(rows, prefix_stride=4)
+    assert not len(queries.user_Q)
+    assert (queries.query_E == -1).all()
+
+
+# --- controls
+
+
+def test_random_donor_lends_a_subset_in_order_within_budget(case):
+    donors = case[0]
+    budget_Q = np.array([0, 3, 8, 20, 5] * 20)
+    borrowed = controls.random_donor(donors, budget_Q, seed=0)
+    count_Q = np.diff(borrowed.start_Q1)
+    chosen = []
+    for q, budget in enumerate(budget_Q):
+        part = slice(borrowed.start_Q1[q], borrowed.start_Q1[q + 1])
+        if count_Q[q]:
+            (donor,) = set(borrowed.donor_S[part])
+            chosen.append(donor)
+            row = donors.item_PL[donor - 10]
+            assert count_Q[q] == min(budget, (row > 0).sum())
+            pairs = iter(row[row > 0])
+            assert all(item in pairs for item in borrowed.item_S[part])  # a subsequence
+    assert set(chosen) == set(donors.user_P)
+
+
+def test_popular_items_are_the_most_held_within_budget(case):
+    donors = case[0]
+    count = np.bincount(donors.item_PL[donors.item_PL > 0], minlength=15)
+    borrowed = controls.popular_items(donors, np.array([2, 0, 100]), n_items=15)
+    ranked = sorted(np.flatnonzero(count), key=lambda item: (-count[item], item))
+    np.testing.assert_array_equal(borrowed.item_S[:2], ranked[:2][::-1])
+    np.testing.assert_array_equal(borrowed.start_Q1, [0, 2, 2, 2 + len(ranked)])
+    first = {item: donors.time_PL[donors.item_PL == item].min() for item in ranked}
+    np.testing.assert_array_equal(borrowed.time_S[2:], [first[item] for item in ranked[::-1]])
