@@ -5,123 +5,155 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
+
+FLAG = "--config."
+
+
+def split_overrides(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of a command line.
+
+    Returns {key: text}, where the last one of a key counts, and the words that are left.
+
+    Raises:
+        ValueError: a key without a value.
+    """
+    overrides, rest, queue = {}, [], list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith(FLAG):
+            rest.append(word)
+            continue
+        flag, equals, text = word.partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise ValueError(f"{flag}: expected {flag}=VALUE, found no value")
+            text = queue.pop(0)
+        overrides[flag.removeprefix(FLAG)] = text
+    return overrides, rest
 
 
 def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
-    """Runs `get_config(variant)` of a file and applies overrides.
+    """Runs `get_config(variant)` of a file, applies overrides and locks the result.
 
     Args:
-        spec: FILE or FILE:VARIANT.
+        spec: FILE or FILE:VARIANT; without a variant `get_config` is given "".
         overrides: dotted key -> text, such as {"ctr.batch_size": "1024"}.
 
     Raises:
-        ValueError: no such file, no get_config, an unknown variant or key, or a value of the wrong type.
+        ValueError: no such file, a file that fails, an unknown variant or key, or a value of the wrong type.
     """
-    file, _, variant = spec.partition(":")
-    path = pathlib.Path(file)
-    if not path.is_file():
-        raise ValueError(f"--config: expected FILE or FILE:VARIANT, found no file {file!r}")
-    module_spec = importlib.util.spec_from_file_location("marsjax_config", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{file}: expected a function get_config(variant), found none")
-    config = module.get_config(variant)
+    config = _run(spec)
     config.lock()
     for key, text in overrides.items():
         override(config, key, text)
-    _check_finite(config, "")
+    for key, value in _leaves(config).items():
+        for part in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(part, float) and not math.isfinite(part):
+                raise ValueError(f"config.{key} expects a finite number, got {part}")
+    return config
+
+
+def _run(spec: str) -> ConfigDict:
+    file, colon, variant = spec.partition(":")
+    path = pathlib.Path(file)
+    module_spec = importlib.util.spec_from_file_location("marsjax_config", path) if path.is_file() else None
+    if module_spec is None or module_spec.loader is None:
+        raise ValueError(f"--config: expected FILE.py or FILE.py:VARIANT, found no such Python file {file!r}")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError("expected a function get_config(variant), found none")
+        takes_variant = bool(inspect.signature(module.get_config).parameters)
+        if colon and not takes_variant:
+            raise ValueError(f"get_config() has no variants, found {variant!r}")
+        config = module.get_config(variant) if takes_variant else module.get_config()
+    except Exception as error:
+        # A file of the user's own may fail in any way. Messages of ml_collections name the key; str() of a KeyError
+        # would quote it.
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise ValueError(f"{file}: {kind}{message}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"{file}: get_config must return an ml_collections.ConfigDict, found {type(config).__name__}")
     return config
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-    """Sets one dotted key from text, by the type of the value that is there."""
+    """Sets one dotted key from text, by the type of the value that is there.
+
+    "none" is a value of placeholders (`config_dict.placeholder(type)`) only.
+
+    Raises:
+        ValueError: an unknown key, with the nearest known one, or a value of the wrong type.
+    """
     *parents, last = key.split(".")
     node: Any = config
-    for depth, name in enumerate([*parents, last]):
+    for name in [*parents, last]:
         if not isinstance(node, ConfigDict) or name not in node:
-            known = _keys(config)
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown config key {'.'.join(key.split('.')[: depth + 1])}{hint}")
-        if depth < len(parents):
-            node = node[name]
-    if isinstance(node[last], ConfigDict):
-        raise ValueError(f"config.{key} is a section; set one of {', '.join(f'{key}.{name}' for name in node[last])}")
-    node[last] = _parse(key, text, node[last], node.get_type(last))
+            near = difflib.get_close_matches(key, [*_leaves(config)], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "`--config=FILE --help` lists every key"
+            raise ValueError(f"unknown config key {key}; {hint}")
+        parent, node = node, node[name]
+    if isinstance(node, ConfigDict):
+        raise ValueError(f"config.{key} is a section; set one of {', '.join(f'{key}.{name}' for name in node)}")
+    fields = dict(parent.items(preserve_field_references=True))
+    if isinstance(fields[last], FieldReference) and text.lower() == "none":
+        parent[last] = None
+    else:
+        parent[last] = _parse(key, text, node, parent.get_type(last))
 
 
 def _parse(key: str, text: str, now: Any, kind: type) -> Any:
-    wrong = ValueError(f"config.{key} expects {_name(kind, now)}, got {text!r}")
-    if (now is None or kind is float) and text.lower() in ("none", "null"):
-        return None
-    if kind is bool:
-        values = {"true": True, "false": False, "1": True, "0": False}
-        if text.lower() not in values:
-            raise wrong
-        return values[text.lower()]
-    if kind is tuple:
-        body = text.strip("()[] ")
-        parts = [part.strip(" '\"") for part in body.split(",") if part.strip()]
-        element = type(now[0]) if now else str
-        return tuple(_parse(key, part, None if element is float else part, element) for part in parts)
+    if kind in (tuple, list):
+        parts = [part.strip(" '\"") for part in text.strip("()[] ").split(",") if part.strip()]
+        return kind(_parse(key, part, None, type(now[0]) if now else str) for part in parts)
     if kind is str:
         return text
+    names = {int: "int (a whole number)", float: "float (a finite number)", bool: "bool (true or false)"}
     try:
-        value = kind(text)
-    except ValueError:
-        raise wrong from None
-    if isinstance(value, float) and not math.isfinite(value):
-        raise wrong
+        value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"config.{key} expects {names.get(kind, kind.__name__)}, got {text!r}") from None
     return value
 
 
-def _name(kind: type, now: Any) -> str:
-    if kind is tuple:
-        return f"a list such as {','.join(str(part) for part in now) or 'a,b'}"
-    return {int: "int (a whole number)", float: "float (a finite number)", bool: "bool (true or false)"}.get(
-        kind, kind.__name__
-    )
+def _leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, in the order of the keys."""
+    leaves: dict[str, Any] = {}
+    for name, value in config.items():
+        leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {f"{prefix}{name}": value}
+    return leaves
 
 
-def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    out = []
-    for name in config:
-        if isinstance(config[name], ConfigDict):
-            out += [f"{prefix}{name}", *_keys(config[name], f"{prefix}{name}.")]
-        else:
-            out.append(f"{prefix}{name}")
-    return out
+def describe(config: ConfigDict, *sources: pathlib.Path) -> str:
+    """Every key with its value, one a line, ready to be copied as a flag.
 
-
-def _check_finite(config: ConfigDict, prefix: str) -> None:
-    for name in config:
-        value = config[name]
-        if isinstance(value, ConfigDict):
-            _check_finite(value, f"{prefix}{name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"config.{prefix}{name} expects a finite number, got {value}")
-
-
-def describe(config: ConfigDict) -> str:
-    """Every key with its value, one a line, ready to be copied as a flag."""
+    Where a source file explains a field at the end of its line (`ctr.cap = 200  # longest history`), so does this; the
+    first explanation counts.
+    """
+    notes: dict[str, str] = {}
+    for source in sources:
+        for name, note in re.findall(r"^\s*(\w+(?:\.\w+)+) = [^#\n]*(?:\n[^#=\n]*)?# (.+)$", source.read_text(), re.M):
+            notes.setdefault(name.removeprefix("config."), note)
     lines = []
-    for key in _keys(config):
-        node: Any = config
-        for name in key.split("."):
-            node = node[name]
-        if not isinstance(node, ConfigDict):
-            text = ",".join(str(part) for part in node) if isinstance(node, tuple) else str(node)
-            lines.append(f"  --config.{key}={text}")
+    for key, value in _leaves(config).items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+        # A file writes `columns.user` for data.columns.user.
+        note = notes.get(key) or notes.get(".".join(key.split(".")[-2:]))
+        line = f"  {FLAG}{key}={text}"
+        lines.append(f"{line:<48}  # {note}" if note else line)
     return "\n".join(lines)
 
 

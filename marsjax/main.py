@@ -11,27 +11,42 @@ import sys
 from typing import NamedTuple
 
 from marsjax import __version__
+from marsjax.allocator import keep_freed_memory
+from marsjax.configuration import describe, load_config, split_overrides
 
 
 class Command(NamedTuple):
-    """A command, the function in `pipeline` that does it, and its own flags."""
+    """What a command, the function of that name in `pipeline`, says of itself, and its own flags."""
 
     summary: str
+    details: str
     flags: tuple[str, ...] = ()
     needs_config: bool = True
 
 
+# fmt: off
 COMMANDS = {
-    "inspect": Command("print what the data hold, and every problem found"),
-    "run": Command("do all stages for every seed and print the table of methods"),
-    "align": Command("train the aligned space; write item and user vectors"),
-    "augment": Command("write what every low-active user borrows, as Parquet", ("output",)),
-    "train": Command("train and score the CTR model with every method"),
-    "export": Command("write a bundle that loads anywhere and gives the same scores", ("output",)),
-    "score": Command("score requests (JSON lines) with a bundle", ("bundle", "requests", "output"), False),
+    "inspect": Command("print what the data hold, and every problem found",
+                       "Reads, checks and splits the data; trains and writes nothing."),
+    "run": Command("do all stages for every seed and print the table of methods",
+                   "Writes results.json and results.md. Stages that are finished in --workdir with the same configuration "
+                   "and data are skipped, and one that was stopped continues."),
+    "align": Command("train the aligned space; write item and user vectors",
+                     "Writes one embeddings.npz a seed, with item_ND and user_UD."),
+    "augment": Command("write what every low-active user borrows, as Parquet",
+                       "Aligns first where that is not done. Uses the first seed.", ("output",)),
+    "train": Command("train and score the CTR model with every method",
+                     "Does what must come before where that is not done; `marsjax run` prints the table."),
+    "export": Command("write a bundle that loads anywhere and gives the same scores",
+                      "Bundles the model of config.export.method and the first seed, and trains it if need be.",
+                      ("output",)),
+    "score": Command("score requests (JSON lines) with a bundle",
+                     "Needs no configuration: the bundle holds the one it was trained with.",
+                     ("bundle", "requests", "output"), False),
 }
+# fmt: on
 FLAG_HELP = {
-    "output": "where to write (default: in --workdir)",
+    "output": "where to write (default: in --workdir; for score, beside the requests)",
     "bundle": "folder that `marsjax export` wrote",
     "requests": 'JSON lines: {"user": ID, "items": [ID, ...], "history": [ID, ...] (optional)}',
 }
@@ -39,74 +54,80 @@ FLAG_HELP = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong flags, 130 stopped."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    is_override = [word.startswith("--config.") and "=" in word for word in argv]
-    overrides = {
-        key.removeprefix("--config."): value
-        for key, _, value in (word.partition("=") for word, yes in zip(argv, is_override, strict=True) if yes)
-    }
-    parser = make_parser()
-    arguments = parser.parse_args([word for word, yes in zip(argv, is_override, strict=True) if not yes])
-    if arguments.command is None:
-        parser.print_help()
-        return 2
-    command = COMMANDS[arguments.command]
-    if arguments.help and not (command.needs_config and arguments.config):
+    try:
+        overrides, words = split_overrides(sys.argv[1:] if argv is None else argv)
+        arguments = make_parser().parse_args(words or ["--help"])
+        command = COMMANDS[arguments.command]
+        config = None
+        if overrides and not command.needs_config:
+            raise ValueError(f"{arguments.command} takes no configuration, found --config.{next(iter(overrides))}")
+        if command.needs_config and arguments.config:
+            config = load_config(arguments.config, overrides | ({"data.strict": "true"} if arguments.strict else {}))
+    except ValueError as error:
+        return fail(error, code=2)
+    if arguments.help:
         arguments.parser.print_help()
+        if config is not None:
+            sources = (
+                pathlib.Path(arguments.config.partition(":")[0]),
+                pathlib.Path(__file__).with_name("defaults.py"),
+            )
+            sys.stdout.write(f"\nconfiguration of {arguments.config}:\n{describe(config, *sources)}\n")
         return 0
-    positional = []
-    if command.needs_config:
-        from marsjax.configuration import describe, load_config  # here, so that --help answers at once
-
-        try:
-            if arguments.config is None:
-                raise ValueError("expected --config=FILE[:VARIANT], such as --config=configs/synthetic.py; found none")
-            config = load_config(arguments.config, overrides)
-        except ValueError as error:
-            sys.stderr.write(f"marsjax: error: {error}\n")
-            return 2
-        if arguments.help:
-            arguments.parser.print_help()
-            sys.stdout.write(f"\nconfiguration of {arguments.config}:\n{describe(config)}\n")
-            return 0
-        if arguments.strict:
-            config.data.strict = True
-        positional = [config, arguments.workdir]
+    if command.needs_config and config is None:
+        error = ValueError("expected --config=FILE[:VARIANT], such as --config=configs/synthetic.py; found none")
+        return fail(error, code=2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of a save
     logging.getLogger("jax").setLevel(logging.WARNING)  # jax tells which backends it looked for
-    flags = {flag: getattr(arguments, flag) for flag in command.flags}
+    keep_freed_memory()
     try:
-        pipeline = importlib.import_module("marsjax.pipeline")
+        pipeline = importlib.import_module("marsjax.pipeline")  # here, so that --help answers at once
+        positional = (config, arguments.workdir) if command.needs_config else ()
+        flags = {flag: getattr(arguments, flag) for flag in command.flags}
         return getattr(pipeline, arguments.command)(*positional, **flags) or 0
     except KeyboardInterrupt:
         sys.stderr.write("marsjax: stopped; run the same command again to continue\n")
         return 130
     except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("MARSJAX_DEBUG"):
-            raise
-        sys.stderr.write(f"marsjax: error: {error}\n")
-        return 1
+        return fail(error, code=1)
+
+
+def fail(error: Exception, *, code: int) -> int:
+    """Tells the error in one line, or raises it where a traceback was asked for."""
+    if os.environ.get("MARSJAX_DEBUG"):
+        raise error
+    sys.stderr.write(f"marsjax: error: {error}\n")
+    return code
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Flags of all commands; --config.KEY=VALUE is taken out before, since argparse cannot know the keys."""
+    """Flags of all commands but --config.KEY=VALUE, which is taken out before: argparse cannot know the keys."""
     parser = argparse.ArgumentParser(
         prog="marsjax",
         description="MARS: align item text and images, lend low-active users the relevant part of a similar "
         "high-active user's history, train and export a CTR model on it.",
         epilog="`marsjax COMMAND --help` explains a command; with --config=FILE it lists every configuration key. "
         "MARSJAX_DEBUG=1 shows the traceback of an error.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"marsjax {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.summary, description=command.summary, add_help=False)
+        example = "--config=configs/synthetic.py" if command.needs_config else "--bundle=DIR --requests=FILE.jsonl"
+        sub = commands.add_parser(
+            name,
+            help=command.summary,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}. {command.details}",
+            epilog=f"example: marsjax {name} {example}",
+            add_help=False,
+            allow_abbrev=False,
+        )
         sub.set_defaults(parser=sub)
         sub.add_argument("-h", "--help", action="store_true", help="this text; with --config also every key")
         if command.needs_config:
             sub.add_argument("--config", metavar="FILE[:VARIANT]", help="Python file with get_config(variant)")
-            sub.add_argument("--config.KEY", metavar="VALUE", dest="_key", help="overrides one value of it")
+            sub.add_argument("--config.KEY", metavar="VALUE", help="overrides one value of it")
             sub.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/default"), metavar="DIR",
                              help="results, checkpoints and finished stages (default: %(default)s)")  # fmt: skip
             sub.add_argument("--strict", action="store_true", help="refuse bad rows instead of dropping them")

@@ -20,6 +20,7 @@ class TargetAttention(nn.Module):
 
     widths: tuple[int, ...]
     activation: str
+    bias: bool = True  # of the last layer; a softmax over the history would cancel it, and only noise would train it
     axis_name: str | None = None
 
     @nn.compact
@@ -38,7 +39,7 @@ class TargetAttention(nn.Module):
         for extra in self.widths[1:]:
             hidden_BLA = nn.Dense(extra)(hidden_BLA)
             hidden_BLA = Activation(self.activation, self.axis_name)(hidden_BLA, weight_BL, train=train)
-        return nn.Dense(1)(hidden_BLA)[..., 0]
+        return nn.Dense(1, use_bias=self.bias)(hidden_BLA)[..., 0]
 
 
 class Din(nn.Module):
@@ -67,7 +68,7 @@ class Din(nn.Module):
         item_ND = ItemEmbedding(self.n_items, self.n_categories, self.embedding)(tables)
         target_BD, history_BLD = item_ND[batch.target_B], item_ND[batch.history_BL]
         mask_BL = (batch.history_BL > 0).astype(jnp.float32)
-        attend = TargetAttention(self.attention, self.activation, self.axis_name)
+        attend = TargetAttention(self.attention, self.activation, not self.softmax, self.axis_name)
         weight_BL = attend(target_BD, history_BLD, mask_BL * batch.weight_B[:, None], train=train)
         weight_BL = masked_softmax(weight_BL, mask_BL) if self.softmax else weight_BL * mask_BL
         interest_BD = jnp.einsum("bl,bld->bd", weight_BL, history_BLD)

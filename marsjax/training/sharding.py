@@ -61,9 +61,14 @@ def _first_copy(leaf: jax.Array) -> np.ndarray:
     return np.asarray(leaf.addressable_shards[0].data)
 
 
+def _host_copy(tree: PyTree) -> PyTree:
+    # Putting an array where it already is gives the same buffer, and the step would donate the caller's own.
+    return jax.tree.map(np.array, tree)
+
+
 def _single(step: StepFn, devices: list[jax.Device]) -> Lifted:
     def put(tree: PyTree) -> PyTree:
-        return jax.device_put(tree, devices[0])
+        return jax.device_put(_host_copy(tree), devices[0])
 
     return Lifted(jax.jit(step, donate_argnums=0), put, put, jax.device_get, 1)
 
@@ -92,7 +97,7 @@ def _shard_map(step: StepFn, devices: list[jax.Device]) -> Lifted:
     whole, rows = jax.P(), jax.P(AXIS)
 
     def replicate(tree: PyTree) -> PyTree:
-        return jax.device_put(tree, jax.NamedSharding(mesh, whole))
+        return jax.device_put(_host_copy(tree), jax.NamedSharding(mesh, whole))
 
     def split(batch: PyTree) -> PyTree:
         return jax.device_put(pad_rows(batch, n), jax.NamedSharding(mesh, rows))

@@ -73,7 +73,7 @@ def make_step(loss: LossFn, optimizer: optax.GradientTransformation, *, axis_nam
         metrics = total({"loss": share.loss, **share.metrics}, axis_name)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         updates = jax.tree.map(lambda update: update * state.rate_scale, updates)
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
         return (
             state._replace(
                 params=optax.apply_updates(state.params, updates),

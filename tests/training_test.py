@@ -1,0 +1,229 @@
+"""Training: devices agree, an interruption changes nothing, and what goes wrong says so."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from marsjax.training import loop, sharding
+from marsjax.training.optimizer import AdamW, adamw
+from marsjax.training.step import Share, init_state, make_step, total
+
+WORKER = pathlib.Path(__file__).with_name("training_worker.py")
+
+
+class Counter:
+    """Batches made from their number alone, with the state of a Grain iterator."""
+
+    def __init__(self, make):
+        self.make, self.position = make, 0
+
+    def __next__(self):
+        self.position += 1
+        return self.make(self.position - 1)
+
+    def get_state(self):
+        return {"next_index": self.position}
+
+    def set_state(self, state):
+        self.position = state["next_index"]
+
+
+def linear_batch(i, rows=8):
+    rng = np.random.default_rng(i)
+    x_BF = rng.normal(size=(rows, 3)).astype(np.float32)
+    return {"x": x_BF, "y": (x_BF @ [1.0, -2.0, 0.5]).astype(np.float32), "weight": np.ones(rows, np.float32)}
+
+
+def linear_step(optimizer, poison=None):
+    def make(axis):
+        def loss(params, statistics, batch, tables, key):
+            error_B = batch["x"] @ params["w"] - batch["y"]
+            if poison is not None:
+                error_B = error_B + jax.numpy.where(jax.numpy.any(batch["y"] == poison), np.nan, 0.0)
+            n = total(batch["weight"].sum(), axis)
+            return Share((error_B**2 * batch["weight"]).sum() / n, statistics, {})
+
+        return make_step(loss, optimizer, axis_name=axis)
+
+    return make
+
+
+def fit(folder, *, steps=20, evaluate=None, make=linear_batch, poison=None, **schedule):
+    optimizer = adamw(AdamW(0.05, 0.0, 10.0))
+    lifted = sharding.lift(linear_step(optimizer, poison), mode="single")
+    return loop.fit(
+        lifted,
+        init_state({"w": np.zeros(3, np.float32)}, {}, optimizer, seed=0),
+        Counter(make),
+        {},
+        schedule=loop.Schedule(**({"steps": steps, "steps_per_evaluation": 5, "log_steps": 2} | schedule)),
+        folder=folder,
+        title="test",
+        evaluate=evaluate,
+    )
+
+
+def test_learns_and_logs(tmp_path):
+    fitted = fit(tmp_path, steps=400)
+    np.testing.assert_allclose(fitted.params["w"], [1, -2, 0.5], atol=0.05)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(2, 401, 2))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"steps_per_second", "gradient_norm"} <= set(lines[0])
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_early_stopping_returns_the_best_parameters(tmp_path):
+    """Validation rises, falls twice, and would rise again: patience 2 stops and takes the peak."""
+    scores = iter([0.6, 0.7, 0.65, 0.64, 0.9])
+    seen = []
+
+    def evaluate(params, statistics):
+        seen.append(params["w"].copy())
+        return {"auc": next(scores)}
+
+    fitted = fit(tmp_path, steps=25, evaluate=evaluate, metric="auc", patience=2)
+    assert len(seen) == 4
+    assert fitted.steps == 20
+    assert fitted.best_metric == 0.7
+    np.testing.assert_array_equal(fitted.params["w"], seen[1])
+
+
+def test_plateau_lowers_the_learning_rate(tmp_path):
+    """With factor 0 the parameters stand still after the first evaluation that does not improve."""
+    seen = []
+
+    def evaluate(params, statistics):
+        seen.append(params["w"].copy())
+        return {"auc": 0.5}
+
+    fit(tmp_path, steps=20, evaluate=evaluate, metric="auc", patience=9, plateau_factor=0.0)
+    assert not np.array_equal(seen[0], seen[1])
+    np.testing.assert_array_equal(seen[1], seen[3])
+
+
+def test_non_finite_loss_stops_with_the_step_named(tmp_path):
+    def make(i):
+        batch = linear_batch(i)
+        if i == 6:
+            batch["y"][0] = 77.0
+        return batch
+
+    with pytest.raises(loop.NonFiniteLoss, match="loss of step 7 is nan"):
+        fit(tmp_path, make=make, poison=77.0, checkpoint_seconds=0.0)
+    # What was saved is from before, and finite.
+    again = fit(tmp_path, steps=6)
+    assert np.isfinite(again.params["w"]).all()
+
+
+@pytest.mark.parametrize("stop", [1, 7, 13])
+def test_interrupted_training_ends_with_the_same_parameters(tmp_path, stop):
+    class Stop(Exception):
+        pass
+
+    def failing(i):
+        if i == stop:
+            raise Stop
+        return linear_batch(i)
+
+    def evaluate(params, statistics):
+        return {"auc": float(-np.abs(params["w"] - [1, -2, 0.5]).sum())}
+
+    options = {"evaluate": evaluate, "metric": "auc", "plateau_factor": 0.5, "patience": 3}
+    whole = fit(tmp_path / "whole", **options)
+    with pytest.raises(Stop):
+        fit(tmp_path / "cut", make=failing, checkpoint_seconds=0.0, **options)
+    resumed = fit(tmp_path / "cut", **options)
+    np.testing.assert_array_equal(resumed.params["w"], whole.params["w"])
+    assert resumed.evaluations == whole.evaluations
+    first, second = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut"))
+    assert [json.loads(line)["step"] for line in first] == [json.loads(line)["step"] for line in second]
+
+
+# --- real stages in processes of their own
+
+
+def work(*arguments, devices=1, **options):
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(WORKER.parent.parent),
+    }
+    command = [sys.executable, str(WORKER), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.parametrize("stage", ["alignment", "dice"])
+def test_one_device_equals_eight(tmp_path, stage):
+    """Losses, gradients' norms and parameters after 20 steps agree for one device, pmap and shard_map over 8.
+
+    13 rows a batch do not divide by 8, so padding is in it too.
+    """
+    finish(work("compare", stage, tmp_path / "out.npz", devices=8))
+    with np.load(tmp_path / "out.npz") as out:
+        for mode in ("pmap", "shard_map"):
+            np.testing.assert_allclose(out[f"{mode}_loss"], out["single_loss"], rtol=1e-5)
+            np.testing.assert_allclose(out[f"{mode}_gradient_norm"], out["single_gradient_norm"], rtol=1e-4)
+            names = [name for name in out if name.startswith("single_params")]
+            assert names
+            for name in names:
+                other = out[name.replace("single", mode)]
+                scale = np.abs(out[name]).max() + 1e-12
+                assert np.abs(other - out[name]).max() / scale < 1e-5, name
+
+
+def test_killed_training_ends_with_the_same_parameters(tmp_path):
+    """SIGKILL at moments spread over the run, three times; the parameters are the same bit for bit."""
+    finish(work("train", tmp_path / "whole"))
+    cut = tmp_path / "cut"
+    for number in range(3):
+        process = work("train", cut)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            steps = [int(path.name) for path in cut.glob("checkpoints/*") if path.name.isdigit()]
+            if steps and max(steps) >= 8 * (number + 1):
+                break
+            time.sleep(0.01)
+        time.sleep(0.03 * number)
+        assert process.poll() is None, process.communicate()[0]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    output = finish(work("train", cut))
+    assert "continuing after step" in output
+    with np.load(tmp_path / "whole" / "result.npz") as first, np.load(cut / "result.npz") as second:
+        assert set(first) == set(second)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_wrong_sum_over_devices_would_show(mode):
+    """Two devices with different rows: the gradient is that of the mean over all rows, not n times it."""
+    optimizer = optax.sgd(1.0)
+    lifted = sharding.lift(linear_step(optimizer), mode=mode)
+    assert lifted.n_devices == 2
+    batch = linear_batch(0)
+    state = lifted.replicate(init_state({"w": np.zeros(3, np.float32)}, {}, optimizer, seed=0))
+    state, metrics = lifted.step(state, lifted.split(batch), lifted.replicate({}))
+    expected = 2 * (batch["y"][:, None] * batch["x"]).mean(axis=0)
+    np.testing.assert_allclose(lifted.collect(state.params)["w"], expected, rtol=1e-5)
+    np.testing.assert_allclose(lifted.collect(metrics)["loss"], (batch["y"] ** 2).mean(), rtol=1e-5)
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="pmap.*found 'tpu'"):
+        sharding.lift(linear_step(optax.sgd(1.0)), mode="tpu")
