@@ -23,5 +23,5 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     # 32 MiB is the largest threshold that glibc takes; blocks above it are still mapped.
-    settings = {_ARENA_MAX: 1, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 256 << 20}
+    settings = {_ARENA_MAX: 1, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 1 << 30}
     return all(mallopt(name, value) == 1 for name, value in settings.items())

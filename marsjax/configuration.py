@@ -137,15 +137,16 @@ def _leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def describe(config: ConfigDict, *sources: pathlib.Path) -> str:
+def describe(config: ConfigDict, *sources: pathlib.Path | str) -> str:
     """Every key with its value, one a line, ready to be copied as a flag.
 
     Where a source file explains a field at the end of its line (`ctr.cap = 200  # longest history`), so does this; the
     first explanation counts.
     """
     notes: dict[str, str] = {}
+    explained = re.compile(r"^\s*(\w+(?:\.\w+)+) = [^#\n]*(?:\n[^#=\n]*)?# (.+)$", re.MULTILINE)
     for source in sources:
-        for name, note in re.findall(r"^\s*(\w+(?:\.\w+)+) = [^#\n]*(?:\n[^#=\n]*)?# (.+)$", source.read_text(), re.M):
+        for name, note in explained.findall(pathlib.Path(source).read_text()):
             notes.setdefault(name.removeprefix("config."), note)
     lines = []
     for key, value in _leaves(config).items():

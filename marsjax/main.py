@@ -29,8 +29,8 @@ COMMANDS = {
     "inspect": Command("print what the data hold, and every problem found",
                        "Reads, checks and splits the data; trains and writes nothing."),
     "run": Command("do all stages for every seed and print the table of methods",
-                   "Writes results.json and results.md. Stages that are finished in --workdir with the same configuration "
-                   "and data are skipped, and one that was stopped continues."),
+                   "Writes results.json and results.md. Stages that --workdir holds finished for the same values "
+                   "and data are skipped; one that was stopped continues."),
     "align": Command("train the aligned space; write item and user vectors",
                      "Writes one embeddings.npz a seed, with item_ND and user_UD."),
     "augment": Command("write what every low-active user borrows, as Parquet",
@@ -57,26 +57,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         overrides, words = split_overrides(sys.argv[1:] if argv is None else argv)
         arguments = make_parser().parse_args(words or ["--help"])
-        command = COMMANDS[arguments.command]
-        config = None
-        if overrides and not command.needs_config:
-            raise ValueError(f"{arguments.command} takes no configuration, found --config.{next(iter(overrides))}")
+        command, config = COMMANDS[arguments.command], None
         if command.needs_config and arguments.config:
             config = load_config(arguments.config, overrides | ({"data.strict": "true"} if arguments.strict else {}))
+        elif command.needs_config and not arguments.help:
+            raise ValueError("expected --config=FILE[:VARIANT], such as --config=configs/synthetic.py; found none")
+        elif overrides:
+            raise ValueError(f"expected no --config.{next(iter(overrides))} without a --config=FILE that it overrides")
     except ValueError as error:
         return fail(error, code=2)
     if arguments.help:
         arguments.parser.print_help()
         if config is not None:
-            sources = (
-                pathlib.Path(arguments.config.partition(":")[0]),
-                pathlib.Path(__file__).with_name("defaults.py"),
-            )
+            sources = (arguments.config.partition(":")[0], pathlib.Path(__file__).with_name("defaults.py"))
             sys.stdout.write(f"\nconfiguration of {arguments.config}:\n{describe(config, *sources)}\n")
         return 0
-    if command.needs_config and config is None:
-        error = ValueError("expected --config=FILE[:VARIANT], such as --config=configs/synthetic.py; found none")
-        return fail(error, code=2)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of a save
     logging.getLogger("jax").setLevel(logging.WARNING)  # jax tells which backends it looked for
@@ -115,16 +110,12 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         example = "--config=configs/synthetic.py" if command.needs_config else "--bundle=DIR --requests=FILE.jsonl"
-        sub = commands.add_parser(
-            name,
-            help=command.summary,
-            description=f"{command.summary[0].upper()}{command.summary[1:]}. {command.details}",
-            epilog=f"example: marsjax {name} {example}",
-            add_help=False,
-            allow_abbrev=False,
-        )
+        about = f"{command.summary[0].upper()}{command.summary[1:]}. {command.details}"
+        keys = "; with --config=FILE also every configuration key" if command.needs_config else ""
+        sub = commands.add_parser(name, help=command.summary, description=about, add_help=False, allow_abbrev=False,
+                                  epilog=f"example: marsjax {name} {example}")  # fmt: skip
         sub.set_defaults(parser=sub)
-        sub.add_argument("-h", "--help", action="store_true", help="this text; with --config also every key")
+        sub.add_argument("-h", "--help", action="store_true", help=f"this text{keys}")
         if command.needs_config:
             sub.add_argument("--config", metavar="FILE[:VARIANT]", help="Python file with get_config(variant)")
             sub.add_argument("--config.KEY", metavar="VALUE", help="overrides one value of it")

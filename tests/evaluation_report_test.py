@@ -1,0 +1,73 @@
+"""Reports: the keys that other programs read, and no comparison of different rows."""
+
+import json
+
+import numpy as np
+import pytest
+
+from marsjax.evaluation import report
+from marsjax.evaluation.metrics import auc
+from marsjax.records import Predictions
+
+
+def predictions(strength, seed, users=90, rows=4):
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(users), rows)
+    label = rng.integers(0, 2, len(user)).astype(np.float32)
+    noise = np.random.default_rng(seed).normal(size=len(user))
+    score = 1 / (1 + np.exp(-(strength * label + noise)))
+    return Predictions(user, user + 1, label, score.astype(np.float32), (user % 3).astype(np.int8))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    results = {"base": [predictions(0.2, s) for s in (1, 2)], "mars": [predictions(1.5, s) for s in (1, 2)]}
+    return report.quality_rows(results, dataset="synthetic", inputs="ids", split="last_fraction", n_resamples=100)
+
+
+def row_of(rows, **keys):
+    (row,) = [row for row in rows if all(row[k] == v for k, v in keys.items())]
+    return row
+
+
+def test_rows_have_the_keys_and_values(rows):
+    row = row_of(rows, method="mars", group="low", metric="auc")
+    each = []
+    for seed in (1, 2):
+        p = predictions(1.5, seed)
+        each.append(auc(p.label_B[p.group_B == 0], p.score_B[p.group_B == 0]))
+    assert row["mean"] == pytest.approx(np.mean(each))
+    assert row["std"] == pytest.approx(np.std(each, ddof=1))
+    assert (row["seeds"], row["dataset"], row["inputs"], row["split"]) == (2, "synthetic", "ids", "last_fraction")
+    base = row_of(rows, method="base", group="low", metric="auc")
+    assert base["p_vs_base"] is None
+    assert row["difference"] == pytest.approx(row["mean"] - base["mean"])
+    assert row["low"] < row["difference"] < row["high"]
+    assert row["p_vs_base"] < 0.05
+    assert row["rela_impr"] == pytest.approx(((row["mean"] - 0.5) / (base["mean"] - 0.5) - 1) * 100)
+
+
+def test_different_rows_are_refused():
+    results = {"base": [predictions(0.2, 1)], "mars": [predictions(0.2, 1, users=30)]}
+    with pytest.raises(ValueError, match="mars: expected predictions on the same rows"):
+        report.quality_rows(results, dataset="d", inputs="ids", split="s")
+
+
+def test_tables_and_files(rows, tmp_path):
+    text = report.as_table(rows)
+    assert "mars" in text
+    assert "360 test rows, 120 of low-active users" in text
+    assert report.as_markdown(rows).count("\n| ") == 4
+    report.write_results(
+        tmp_path / "r.json", command="c", commit="x", machine=report.machine_description(), wall_seconds=1.0, rows=rows
+    )
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert set(written) == {"command", "commit", "machine", "wall_seconds", "rows"}
+    assert written["rows"] == rows
+
+
+def test_undefined_values_are_null():
+    one_each = {m: [predictions(0.2, 1, rows=1)] for m in ("base", "mars")}
+    rows = report.quality_rows(one_each, dataset="d", inputs="ids", split="leave_one_out", n_resamples=20)
+    assert row_of(rows, method="mars", group="all", metric="gauc")["mean"] is None
+    assert "gauc" not in report.as_table(rows)

@@ -1,0 +1,77 @@
+"""Tests of significance: resampling equals repeating rows, and luck is called luck."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from marsjax.evaluation import significance
+from marsjax.evaluation.metrics import auc, gauc
+
+
+def data(users=60, rows=6, strength=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    user = np.repeat(np.arange(users), rows)
+    label = rng.integers(0, 2, len(user)).astype(np.float32)
+    return user, label, label * strength + rng.normal(size=len(user)), rng
+
+
+@pytest.mark.parametrize("metric", ["auc", "gauc"])
+def test_weights_equal_repeated_users(metric):
+    """The metric under user counts is the metric of rows literally repeated, each copy a user of its own."""
+    user, label, score, rng = data()
+    score = np.round(score, 1)  # ties
+    count_RU = rng.integers(0, 4, (3, 60)).astype(np.float32)
+    function = {"auc": significance._weighted_aucs, "gauc": significance._weighted_gaucs}[metric]
+    found = function(user, label, score, count_RU)
+    for r in range(3):
+        index = np.concatenate([np.flatnonzero(user == u) for u in range(60) for _ in range(int(count_RU[r, u]))])
+        copy = np.repeat(np.arange(len(index) // 6), 6)
+        expected = auc(label[index], score[index]) if metric == "auc" else gauc(copy, label[index], score[index]).value
+        assert found[r] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["auc", "gauc"])
+def test_a_method_against_itself_is_no_difference(metric):
+    user, label, score, _ = data()
+    found = significance.paired_bootstrap(user, label, score, score, metric=metric, n_resamples=200)
+    assert (found.difference, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("metric", ["auc", "gauc"])
+def test_a_planted_difference_is_found(metric):
+    user, label, good, rng = data(users=200, strength=1.0)
+    bad = label * 0.3 + rng.normal(size=len(label))
+    found = significance.paired_bootstrap(user, label, np.stack([good, good]), np.stack([bad, bad]), metric=metric)
+    assert found.difference > 0.1
+    assert found.low > 0
+    assert found.p_value < 0.01
+    turned = significance.paired_bootstrap(user, label, bad, good, metric=metric)
+    assert turned.difference == pytest.approx(-found.difference)
+
+
+def test_p_values_of_no_difference_are_spread():
+    """Under the null about a tenth of the p-values lie below 0.1."""
+    p = []
+    for seed in range(120):
+        user, label, _, rng = data(users=80, rows=4, seed=seed)
+        first, second = rng.normal(size=(2, len(label)))
+        p.append(significance.paired_bootstrap(user, label, first, second, n_resamples=100, seed=seed).p_value)
+    assert 0.02 < np.mean(np.array(p) < 0.1) < 0.22
+
+
+def test_one_class_has_no_difference():
+    found = significance.paired_bootstrap(np.arange(4), np.ones(4), np.arange(4.0), np.arange(4.0), n_resamples=10)
+    assert np.isnan(found.difference)
+
+
+def test_t_test_equals_scipy():
+    a, b = np.array([0.71, 0.72, 0.735, 0.70]), np.array([0.70, 0.715, 0.72, 0.705])
+    assert significance.t_test_paired(a, b) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
+    assert np.isnan(significance.t_test_paired([0.7], [0.6]))
+    assert significance.t_test_paired([0.7, 0.7], [0.7, 0.7]) == 1.0
+
+
+def test_holm_by_hand():
+    """Sorted 0.01, 0.02, 0.04 times 3, 2, 1, made monotone: 0.03, 0.04, 0.04."""
+    np.testing.assert_allclose(significance.holm([0.04, 0.01, 0.02]), [0.04, 0.03, 0.04])
+    np.testing.assert_allclose(significance.holm([0.6, 0.9]), [1.0, 1.0])
