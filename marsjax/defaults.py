@@ -129,7 +129,7 @@ def default_config(preset: str = "mars") -> ConfigDict:
         retrieval.prefix_stride = 0  # Eq. 15 with all that is known of the user
     elif preset != "mars":
         raise ValueError(f"preset: expected 'mars' or 'paper', found {preset!r}")
-    return config
+    return config.lock()
 
 
 def synthetic_config() -> ConfigDict:

@@ -132,7 +132,10 @@ def test_best_run_against_enumeration(n):
 
 
 def test_quantile_zero_keeps_all_and_every_rate_is_reported(case):
-    assert run(case, "filter", theta_quantile=0.0).kept_QS.sum() == run(case, "most_similar", theta_quantile=0.0).kept_QS.sum()
+    assert (
+        run(case, "filter", theta_quantile=0.0).kept_QS.sum()
+        == run(case, "most_similar", theta_quantile=0.0).kept_QS.sum()
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,14 +176,18 @@ def test_prefix_queries_end_before_their_row(split, stride):
     assert (queries.end_Q[query_E] <= rows.histories.end_E[borrows_E]).all()
     np.testing.assert_array_equal(queries.user_Q[query_E], rows.user_E[borrows_E])
     assert (rows.group_U[queries.user_Q] == LOW).all()
-    # The longest such prefix: a stride more would reach the row, unless the training history is used whole.
+    # The longest such prefix of 1, 2, ..., s, 2s, 3s, ..., unless the training history is used whole.
     whole = queries.end_Q[query_E] == rows.histories.train_end_U[rows.user_E[borrows_E]]
-    assert (whole | (queries.end_Q[query_E] + stride > rows.histories.end_E[borrows_E])).all()
+    start = rows.histories.start_U1[rows.user_E[borrows_E]]
+    seen = rows.histories.end_E[borrows_E] - start
+    expected = np.where(seen < stride, seen, seen // stride * stride)
+    np.testing.assert_array_equal((queries.end_Q[query_E] - start)[~whole], expected[~whole])
+    # Only rows without a history borrow nothing.
+    silent = (rows.group_U[rows.user_E] == LOW) & ~borrows_E
+    assert (rows.histories.end_E == rows.histories.start_U1[rows.user_E])[silent].all()
     later = np.isin(rows.split_E, (VALID, TEST)) & (rows.group_U[rows.user_E] == LOW)
     later &= (rows.histories.train_end_U > rows.histories.start_U1[:-1])[rows.user_E]
-    np.testing.assert_array_equal(
-        queries.end_Q[queries.query_E[later]], rows.histories.train_end_U[rows.user_E[later]]
-    )
+    np.testing.assert_array_equal(queries.end_Q[queries.query_E[later]], rows.histories.train_end_U[rows.user_E[later]])
 
 
 def test_stride_zero_is_one_query_a_user_and_does_leak():

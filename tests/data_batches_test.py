@@ -38,7 +38,9 @@ def lend(rows, log, seed=0, **options):
         np.zeros(s, np.float32),
     )
     query_E = np.where(rng.random(len(rows.user_E)) < 0.67, rows.user_E, -1).astype(np.int32)
-    return Augmentation(Queries(np.arange(n_users, dtype=np.int32), rows.histories.train_end_U, query_E), borrowed, **options)
+    return Augmentation(
+        Queries(np.arange(n_users, dtype=np.int32), rows.histories.train_end_U, query_E), borrowed, **options
+    )
 
 
 def expected_history(log, rows, augmentation, row, cap):
@@ -125,7 +127,9 @@ def test_an_epoch_has_every_row_once_and_epochs_differ():
     wanted = np.stack([rows.user_E[train_E] + 1, log.item_E[train_E]], 1)
     first, second = all_rows(source, per_epoch, 0), all_rows(source, per_epoch, 1)
     for found in (first, second):
-        np.testing.assert_array_equal(np.sort(found.view("i4,i4"), axis=0), np.sort(wanted.astype(np.int32).view("i4,i4"), axis=0))
+        np.testing.assert_array_equal(
+            np.sort(found.view("i4,i4"), axis=0), np.sort(wanted.astype(np.int32).view("i4,i4"), axis=0)
+        )
     assert not np.array_equal(first, second)
     lengths = {source[i].history_BL.shape for i in range(len(source))}
     assert lengths <= {(8, 4), (8, 10)}

@@ -11,8 +11,8 @@ from marsjax.records import Predictions
 
 def pairs_auc(label, score):
     """The definition: the share of (positive, negative) pairs in the right order, ties counting half."""
-    positives = [s for l, s in zip(label, score, strict=True) if l]
-    negatives = [s for l, s in zip(label, score, strict=True) if not l]
+    positives = [s for y, s in zip(label, score, strict=True) if y]
+    negatives = [s for y, s in zip(label, score, strict=True) if not y]
     if not positives or not negatives:
         return np.nan
     return np.mean([1.0 if p > n else 0.5 if p == n else 0.0 for p, n in itertools.product(positives, negatives)])

@@ -52,4 +52,6 @@ def test_digest_sees_names_types_shapes_and_bytes():
         {"a": np.eye(2, 3, dtype=np.float32)},
     ]
     assert len({files.digest_arrays(each) for each in [base, *others]}) == 5
-    assert files.digest_arrays({"x": base["a"], "y": base["a"]}) == files.digest_arrays({"y": base["a"], "x": base["a"]})
+    assert files.digest_arrays({"x": base["a"], "y": base["a"]}) == files.digest_arrays(
+        {"y": base["a"], "x": base["a"]}
+    )

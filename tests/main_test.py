@@ -144,6 +144,7 @@ def test_help_and_refusals_load_no_jax(config_file):
         (["--config.ctr.tower=8,x"], "config.ctr.tower expects int (a whole number), got 'x'"),
         (["--config.ctr.rates=0.1,inf"], "config.ctr.rates expects float (a finite number), got 'inf'"),
         (["--config.data.strict=maybe"], "config.data.strict expects bool (true or false), got 'maybe'"),
+        (["--config.data.strict", "--strict"], "--config.data.strict: expected --config.data.strict=VALUE, found no"),
         (["--config.data.strict"], "--config.data.strict: expected --config.data.strict=VALUE, found no value"),
         (["--config.ctr=1"], "config.ctr is a section; set one of ctr.batch_size, ctr.learning_rate, ctr.rates"),
     ],
@@ -253,6 +254,7 @@ def test_fingerprints_follow_the_values_and_not_the_order():
     assert configuration.to_json(one) == {"a": 1, "b": {"c": [1, 2]}}
     assert json.loads(json.dumps(configuration.to_json(one))) == configuration.to_json(one)
     assert configuration.fingerprint(one, 0) == configuration.fingerprint(other, 0)
+    assert configuration.fingerprint({"a": 1, "b": 2}) == configuration.fingerprint({"b": 2, "a": 1})
     other.b.c = (2, 1)
     assert configuration.fingerprint(one, 0) != configuration.fingerprint(other, 0)
     assert configuration.fingerprint(one, 0) != configuration.fingerprint(one, 1)

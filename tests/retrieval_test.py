@@ -140,7 +140,9 @@ def test_damage_is_found_before_it_is_opened(tmp_path, name, how):
     path = tmp_path / "index" / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
-    {"flip": lambda: path.write_bytes(data), "truncate": lambda: path.write_bytes(data[:100]), "remove": path.unlink}[how]()
+    {"flip": lambda: path.write_bytes(data), "truncate": lambda: path.write_bytes(data[:100]), "remove": path.unlink}[
+        how
+    ]()
     with pytest.raises(ValueError, match=f"{name}: expected sha256 .* build the index again"):
         retrieval.load_index(tmp_path / "index")
 

@@ -158,7 +158,9 @@ def work(*arguments, devices=1, **options):
         "PYTHONPATH": str(WORKER.parent.parent),
     }
     command = [sys.executable, str(WORKER), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
 
 
 def finish(process):

@@ -50,7 +50,12 @@ def click_stage(size):
         CTR, n_items=len(items.raw_id_N), n_categories=len(items.category_names), n_users=len(rows.group_U)
     )
     tables = ItemTables(items.category_NG)
-    return (lambda mode: objective.lifted_step(model, SETTINGS, mode)), objective.init_model(model, tables, seed=0), source, tables
+    return (
+        (lambda mode: objective.lifted_step(model, SETTINGS, mode)),
+        objective.init_model(model, tables, seed=0),
+        source,
+        tables,
+    )
 
 
 def alignment_stage(size):

@@ -24,9 +24,7 @@ class TargetAttention(nn.Module):
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(
-        self, target_BD: jax.Array, history_BLD: jax.Array, weight_BL: jax.Array, *, train: bool
-    ) -> jax.Array:
+    def __call__(self, target_BD: jax.Array, history_BLD: jax.Array, weight_BL: jax.Array, *, train: bool) -> jax.Array:
         """Returns [B, L], not normalised; `weight_BL` is 0 where an entry counts in no statistic."""
         depth, width = target_BD.shape[1], self.widths[0]
         kernel_4DA = self.param("kernel", nn.initializers.glorot_uniform(), (4 * depth, width))
