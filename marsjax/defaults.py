@@ -93,6 +93,7 @@ def default_config(preset: str = "mars") -> ConfigDict:
     ctr.attention = (32,)
     ctr.tower = (200, 80)
     ctr.softmax = True  # of DIN's attention over the history
+    ctr.apart = False  # pool borrowed items apart from own ones; Eq. 18 makes one sequence of both
     ctr.activation = "prelu"  # prelu, dice
     ctr.user_id = True  # an embedding of the user's id beside the history
     ctr.cap = 200  # longest history; own events survive

@@ -21,6 +21,7 @@ def make_backbone(settings: Mapping[str, Any], *, n_items: int, n_categories: in
         "n_categories": n_categories,
         "n_users": n_users if settings["user_id"] else 0,
         "embedding": settings["embedding"],
+        "apart": settings["apart"],
         "tower": tuple(settings["tower"]),
         "activation": settings["activation"],
     }

@@ -46,6 +46,8 @@ class Din(nn.Module):
     Attributes:
         n_users: rows of an embedding of the user's id beside the history; 0 does without.
         softmax: normalise the attention weights over the history. Off is the original DIN (a weighted sum).
+        apart: pool borrowed items apart from the user's own, by the same attention. Together (Eq. 18) a few own items
+            may drown among many borrowed ones; apart, only rows that borrow train the tower's use of them.
         activation: "prelu" or "dice", in the attention and in the tower.
         axis_name: mapped axis for the statistics of Dice; None on one device.
     """
@@ -57,6 +59,7 @@ class Din(nn.Module):
     attention: tuple[int, ...] = (32,)
     tower: tuple[int, ...] = (200, 80)
     softmax: bool = True
+    apart: bool = False
     activation: str = "prelu"
     axis_name: str | None = None
 
@@ -68,9 +71,14 @@ class Din(nn.Module):
         mask_BL = (batch.history_BL > 0).astype(jnp.float32)
         attend = TargetAttention(self.attention, self.activation, not self.softmax, self.axis_name)
         weight_BL = attend(target_BD, history_BLD, mask_BL * batch.weight_B[:, None], train=train)
-        weight_BL = masked_softmax(weight_BL, mask_BL) if self.softmax else weight_BL * mask_BL
-        interest_BD = jnp.einsum("bl,bld->bd", weight_BL, history_BLD)
-        features_BF = jnp.concatenate([target_BD, interest_BD, target_BD * interest_BD], axis=1)
+        is_lent_BL = batch.borrowed_BL.astype(jnp.float32)
+        parts = [mask_BL * (1 - is_lent_BL), mask_BL * is_lent_BL] if self.apart else [mask_BL]
+        features = [target_BD]
+        for part_BL in parts:
+            part_weight_BL = masked_softmax(weight_BL, part_BL) if self.softmax else weight_BL * part_BL
+            interest_BD = jnp.einsum("bl,bld->bd", part_weight_BL, history_BLD)
+            features += [interest_BD, target_BD * interest_BD]
+        features_BF = jnp.concatenate(features, axis=1)
         if self.n_users:
             user_BD = user_embedding(self, self.n_users, self.embedding, batch)
             features_BF = jnp.concatenate([features_BF, user_BD], axis=1)

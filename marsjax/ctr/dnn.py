@@ -18,6 +18,7 @@ class Dnn(nn.Module):
     n_categories: int
     n_users: int = 0
     embedding: int = 10
+    apart: bool = False
     tower: tuple[int, ...] = (200, 80)
     activation: str = "prelu"
     axis_name: str | None = None
@@ -28,9 +29,14 @@ class Dnn(nn.Module):
         item_ND = ItemEmbedding(self.n_items, self.n_categories, self.embedding)(tables)
         target_BD, history_BLD = item_ND[batch.target_B], item_ND[batch.history_BL]
         mask_BL = (batch.history_BL > 0).astype(jnp.float32)
-        mean_BD = jnp.einsum("bl,bld->bd", mask_BL, history_BLD)
-        mean_BD = mean_BD / jnp.maximum(jnp.sum(mask_BL, axis=1, keepdims=True), 1.0)
-        features_BF = jnp.concatenate([target_BD, mean_BD, target_BD * mean_BD], axis=1)
+        is_lent_BL = batch.borrowed_BL.astype(jnp.float32)
+        parts = [mask_BL * (1 - is_lent_BL), mask_BL * is_lent_BL] if self.apart else [mask_BL]
+        features = [target_BD]
+        for part_BL in parts:
+            mean_BD = jnp.einsum("bl,bld->bd", part_BL, history_BLD)
+            mean_BD = mean_BD / jnp.maximum(jnp.sum(part_BL, axis=1, keepdims=True), 1.0)
+            features += [mean_BD, target_BD * mean_BD]
+        features_BF = jnp.concatenate(features, axis=1)
         if self.n_users:
             features_BF = jnp.concatenate(
                 [features_BF, user_embedding(self, self.n_users, self.embedding, batch)], axis=1

@@ -11,63 +11,61 @@ from marsjax.records import Dataset
 def make_synthetic(
     *,
     n_users: int = 2000,
-    n_items: int = 1500,
-    n_types: int = 40,
-    n_topics: int = 30,
-    topics_per_type: int = 3,
-    latent: int = 16,
-    low_fraction: float = 0.5,
-    low_events: tuple[int, int] = (4, 10),
-    high_events: tuple[int, int] = (60, 120),
-    item_spread: float = 0.6,
-    user_spread: float = 0.2,
-    taste_scale: float = 4.0,
+    n_items: int = 400,
+    n_types: int = 80,
+    n_topics: int = 60,
+    topics_per_type: int = 8,
+    latent: int = 48,
+    low_fraction: float = 0.7,
+    low_events: tuple[int, int] = (12, 16),
+    high_events: tuple[int, int] = (70, 100),
+    item_spread: float = 0.15,
+    user_spread: float = 0.5,
+    taste_scale: float = 6.0,
     on_topic: float = 0.5,
-    feature_noise: float = 0.3,
-    feature_width: int = 32,
+    feature_noise: float = 0.1,
+    feature_width: int = 64,
     missing: float = 0.03,
     shuffle_features: bool = False,
     seed: int = 0,
 ) -> Dataset:
     """Draws a log whose best possible scores are known.
 
-    A user has a type and likes the type's topics, with a personal deviation; types share topics, so that one topic
-    does not tell the type. An item has a topic and a deviation of its own. Users meet distinct items, a share
-    `on_topic` of them from topics of their type, and click with probability sigmoid(taste_scale * (affinity -
-    typical affinity)). Text and image features are two fixed random maps of the item's latent vector, through tanh,
-    plus noise. Categories are coarse: each lumps three topics together.
+    An item has a topic, and a latent vector near its topic's. A user has a type, and likes the topics of the type. A
+    user meets distinct items, a share `on_topic` of them from liked topics, and clicks with probability
+    sigmoid(taste_scale * (liked - 1/2) + personal deviation + item quality). Text and image features are two fixed
+    random maps of the item's latent vector, through tanh, plus noise. Categories are coarse: each lumps three topics.
 
-    A few events of a low-active user tell the type to who can compare users by content; the ids of the items are too
-    rare for a model to learn that from the log alone. That is what MARS claims to exploit.
+    The few clicks of a low-active user show some topics of the type, not all. There are many types, each pair of
+    topics is in several of them, and no pair tells a third: what else the user would like cannot be read off
+    co-occurrence of items. It can be read off the history of another user of the same type, who is found by comparing
+    users in a space where items of one topic are near one another. That is what MARS claims to do.
 
     Args:
         low_fraction: share of users with `low_events` (from, to) events; the others have `high_events`.
         missing: share of items that lack one modality.
-        shuffle_features: gives each item the features of another one (a control: borrowing by content must not help).
+        shuffle_features: gives each item the features of another one (a control: content then tells nothing).
 
     `Dataset.oracle_E` holds the true click probabilities.
     """
     rng = np.random.default_rng(seed)
     topic_TD = rng.normal(size=(n_topics, latent)) / np.sqrt(latent)
     topic_I = rng.integers(n_topics, size=n_items)
-    item_ID = topic_TD[topic_I] + item_spread * rng.normal(size=(n_items, latent)) / np.sqrt(latent)
+    deviation_ID = item_spread * rng.normal(size=(n_items, latent)) / np.sqrt(latent)
+    item_ID = topic_TD[topic_I] + deviation_ID
     likes_YT = np.zeros((n_types, n_topics))
     chosen_YK = np.argsort(rng.random((n_types, n_topics)), axis=1)[:, :topics_per_type]
     np.put_along_axis(likes_YT, chosen_YK, 1.0, axis=1)
     type_U = rng.integers(n_types, size=n_users)
-    deviation_UD = rng.normal(size=(n_users, latent)) / np.sqrt(latent)
-    user_UD = (likes_YT @ topic_TD)[type_U] + user_spread * deviation_UD
-
-    affinity_UI = user_UD @ item_ID.T
-    affinity_UI = (affinity_UI - affinity_UI.mean()) / affinity_UI.std()
+    liked_UI = likes_YT[type_U][:, topic_I]
+    personal_UI = rng.normal(size=(n_users, latent)) @ deviation_ID.T / max(item_spread, 1e-9)
     quality_I = 0.3 * rng.normal(size=n_items)
-    click_UI = 1.0 / (1.0 + np.exp(-(taste_scale * affinity_UI / 2 + quality_I - 0.2)))
+    click_UI = 1.0 / (1.0 + np.exp(-(taste_scale * (liked_UI - 0.5) + user_spread * personal_UI + quality_I)))
 
     # Exposure without replacement: the largest of log-weight plus Gumbel noise are a draw by weight.
     popularity_I = rng.zipf(1.6, size=n_items).clip(max=50) + 5.0
-    liked_UI = likes_YT[type_U][:, topic_I]
-    share = on_topic / max(topics_per_type / n_topics, 1e-9)
-    weight_UI = popularity_I * (liked_UI * share + (1 - liked_UI) * (1 - on_topic))
+    share = topics_per_type / n_topics
+    weight_UI = popularity_I * np.where(liked_UI > 0, on_topic / share, (1 - on_topic) / (1 - share))
     shown_UI = np.argsort(-(np.log(weight_UI) + rng.gumbel(size=weight_UI.shape)), axis=1)
     is_low_U = rng.random(n_users) < low_fraction
     count_U = np.where(is_low_U, rng.integers(*low_events, n_users, endpoint=True),
