@@ -76,7 +76,7 @@ def test_gauc_equals_loop_over_users(weight, single_class):
 
 
 def test_gauc_conventions_of_other_systems():
-    """Three users: rows (AUC) 4 (1.0), 2 (0.0), 3 of one class. FuxiCTR, RecBole, an unweighted mean, LibRecommender."""
+    """Rows (AUC) 4 (1.0), 2 (0.0), 3 of one class: FuxiCTR, RecBole, an unweighted mean, LibRecommender."""
     user = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2])
     label = np.array([1, 0, 0, 0, 1, 0, 1, 1, 1])
     score = np.array([0.9, 0.1, 0.2, 0.3, 0.1, 0.9, 0.5, 0.6, 0.7])

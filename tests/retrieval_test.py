@@ -69,7 +69,7 @@ def test_ties_go_to_the_lower_user():
 
 
 def test_no_unsound_vector_enters_the_graph():
-    """One NaN in the graph damages every later search: with 5 bad rows among 2,000 the good ones still find themselves."""
+    """A NaN in the graph damages every later search; with 5 bad rows among 2,000 the good ones find themselves."""
     base = vectors(2000)
     base[[3, 50, 700]] = np.nan
     base[900, 4] = np.inf

@@ -27,7 +27,8 @@ def read_features(path: pathlib.Path, *, item_ids: np.ndarray | None = None) -> 
         raise ValueError(f"{path}: expected a feature file, found none; set the path to '' to do without it")
     try:
         if path.suffix == ".npz":
-            with np.load(path) as arrays:
+            # Opened here: numpy leaves a damaged file open.
+            with path.open("rb") as file, np.load(file) as arrays:
                 ids = next((key for key in ID_KEYS if key in arrays), None)
                 if ids is None or "embedding" not in arrays:
                     raise ValueError(

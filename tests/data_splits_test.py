@@ -1,0 +1,94 @@
+"""Splits: nothing later than a row is in what the row sees."""
+
+import numpy as np
+import pytest
+
+from marsjax.data.splits import activity_groups, make_rows
+from marsjax.records import HIGH, LOW, MIDDLE, TEST, TRAIN, VALID
+from tests.data_batches_test import small_log
+
+SPLITS = ("leave_one_out", "last_fraction", "global_time")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("history", ["all", "positives"])
+def test_histories_end_strictly_before_their_event(split, history):
+    log = small_log(users=40)
+    rows = make_rows(log, split=split, history=history)
+    keep_E = np.ones(len(log.item_E), bool) if history == "all" else log.label_E > 0
+    for event in range(len(log.item_E)):
+        user = rows.user_E[event]
+        before = np.arange(log.start_U1[user], event)
+        expected = log.item_E[before[keep_E[before]]]
+        found = rows.histories.item_H[rows.histories.start_U1[user] : rows.histories.end_E[event]]
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_training_histories_hold_training_events_only(split):
+    log = small_log(users=40)
+    rows = make_rows(log, split=split)
+    for user in range(40):
+        events = np.arange(log.start_U1[user], log.start_U1[user + 1])
+        train = events[rows.split_E[events] == TRAIN]
+        np.testing.assert_array_equal(train, events[: len(train)])  # a prefix
+        found = rows.histories.item_H[rows.histories.start_U1[user] : rows.histories.train_end_U[user]]
+        np.testing.assert_array_equal(found, log.item_E[train])
+        assert rows.train_length_U[user] == len(train)
+        order = rows.split_E[events]
+        assert (np.diff(order) >= 0).all()  # train, then validation, then test
+
+
+def test_leave_one_out_counts():
+    log = small_log(users=40)
+    rows = make_rows(log, split="leave_one_out")
+    length_U = np.diff(log.start_U1)
+    last_E = log.start_U1[1:] - 1
+    np.testing.assert_array_equal(rows.split_E[last_E] == TEST, length_U >= 3)
+    assert (rows.split_E == TEST).sum() == (rows.split_E == VALID).sum() == (length_U >= 3).sum()
+
+
+def test_last_fraction_counts():
+    log = small_log(users=40)
+    rows = make_rows(log, split="last_fraction", fraction_test=0.2, fraction_valid=0.1)
+    for user, length in enumerate(np.diff(log.start_U1)):
+        mine = rows.split_E[log.start_U1[user] : log.start_U1[user + 1]]
+        expected = (np.ceil(0.2 * length), np.ceil(0.1 * length)) if length >= 5 else (0, 0)
+        assert ((mine == TEST).sum(), (mine == VALID).sum()) == expected
+
+
+def test_global_time_never_divides_a_moment():
+    log = small_log(users=40)
+    log = log._replace(time_E=log.time_E // 100)  # many ties
+    rows = make_rows(log, split="global_time")
+    latest = [log.time_E[rows.split_E == split].max() for split in (TRAIN, VALID, TEST)]
+    earliest = [log.time_E[rows.split_E == split].min() for split in (TRAIN, VALID, TEST)]
+    assert latest[0] < earliest[1]
+    assert latest[1] < earliest[2]
+
+
+@pytest.mark.parametrize("length", [[5] * 100, list(range(100)), [5] * 60 + [9] * 40])
+def test_groups_are_exact_and_tied_users_are_drawn_by_seed(length):
+    length_U = np.array(length)
+    group_U = activity_groups(length_U, low_fraction=0.3, high_fraction=0.3, seed=0)
+    assert [(group_U == g).sum() for g in (LOW, MIDDLE, HIGH)] == [30, 40, 30]
+    assert length_U[group_U == LOW].max() <= length_U[group_U == MIDDLE].min()
+    assert length_U[group_U == MIDDLE].max() <= length_U[group_U == HIGH].min()
+    np.testing.assert_array_equal(group_U, activity_groups(length_U, low_fraction=0.3, high_fraction=0.3, seed=0))
+    if len(set(length)) == 1:
+        other_U = activity_groups(length_U, low_fraction=0.3, high_fraction=0.3, seed=1)
+        assert (group_U != other_U).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "random"}, "found 'random'"),
+        ({"split": "last_fraction", "fraction_test": 0.9, "fraction_valid": 0.1}, "leave something to train on"),
+        ({"split": "leave_one_out", "low_fraction": 0.8}, "together at most 1"),
+        ({"split": "leave_one_out", "history": "liked"}, "found 'liked'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_rows(small_log(), **options)
