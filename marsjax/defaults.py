@@ -21,8 +21,8 @@ def default_config(preset: str = "mars") -> ConfigDict:
     config.data = data = ConfigDict()
     data.source = "synthetic"  # synthetic, movielens, tabular
     data.folder = ""  # movielens: the official folder
-    data.events = ""  # tabular: Parquet or CSV with one row an interaction
-    data.items = ""  # tabular: Parquet or CSV with one row an item; "" takes the items from the events
+    data.events_file = ""  # tabular: Parquet or CSV with one row an interaction
+    data.items_file = ""  # tabular: Parquet or CSV with one row an item; "" takes the items from the events
     data.text_features = ""  # .npz, .npy or Parquet with one vector an item; "" does without
     data.image_features = ""
     data.image_folder = ""  # images named by item id, checked for completeness; "" skips the check

@@ -107,8 +107,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 def inspect(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Prints what the data hold and every problem found."""
-    loaded = load(config)
-    say(inspection.describe(loaded.dataset, loaded.rows))
+    dataset = read(config)
+    say(inspection.describe(dataset, split(config, dataset)))
 
 
 def align(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -179,29 +179,46 @@ def score(*, bundle: pathlib.Path | None, requests: pathlib.Path | None, output:
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
-def load(config: ConfigDict) -> Loaded:
-    """Reads, checks, numbers and splits the data."""
+def read(config: ConfigDict) -> Dataset:
+    """Reads, checks and numbers the data."""
     data = config.data
     sources = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}
     if data.source not in sources:
         raise ValueError(f"data.source: expected one of {sorted(sources)}, found {data.source!r}")
-    dataset = sources[data.source](data)
+    return sources[data.source](data)
+
+
+def split(config: ConfigDict, dataset: Dataset) -> Rows:
+    """Splits the log, and ranks users by activity."""
+    cfg = config.split
+    return make_rows(
+        dataset.log,
+        split=cfg.kind,
+        fraction_test=cfg.fraction_test,
+        fraction_valid=cfg.fraction_valid,
+        low_fraction=cfg.low_fraction,
+        high_fraction=cfg.high_fraction,
+        history=cfg.history,
+        seed=cfg.seed,
+    )
+
+
+def load(config: ConfigDict) -> Loaded:
+    """Data ready for learning; tells every problem, and refuses splits that nothing can be learnt or judged on."""
+    dataset = read(config)
     for problem in dataset.problems:
         log.warning(
             "data: %d x %s, %s: %s", problem.occurrences, problem.kind, problem.action, ", ".join(problem.where)
         )
-    split = config.split
-    rows = make_rows(
-        dataset.log,
-        split=split.kind,
-        fraction_test=split.fraction_test,
-        fraction_valid=split.fraction_valid,
-        low_fraction=split.low_fraction,
-        high_fraction=split.high_fraction,
-        history=split.history,
-        seed=split.seed,
-    )
-    return Loaded(dataset, rows, fingerprint(dataset.fingerprint, to_json(split)))
+    rows = split(config, dataset)
+    for name, number in (("training", TRAIN), ("validation", VALID), ("test", TEST)):
+        label_R = dataset.log.label_E[rows.split_E == number]
+        if not 0 < label_R.sum() < len(label_R):
+            raise ValueError(
+                f"split.kind={config.split.kind}: expected {name} rows of both labels, found {len(label_R)} rows, "
+                f"{int(label_R.sum())} of them positive; give more data or another split, and see `marsjax inspect`"
+            )
+    return Loaded(dataset, rows, fingerprint(dataset.fingerprint, to_json(config.split)))
 
 
 def align_stage(config: ConfigDict, loaded: Loaded, workdir: pathlib.Path, seed: int) -> Space:
@@ -449,8 +466,8 @@ def _movielens(data: ConfigDict) -> Dataset:
 
 def _tabular(data: ConfigDict) -> Dataset:
     return load_tabular(
-        events_path=pathlib.Path(data.events),
-        items_path=pathlib.Path(data.items) if data.items else None,
+        events_path=pathlib.Path(data.events_file),
+        items_path=pathlib.Path(data.items_file) if data.items_file else None,
         columns={name: column for name, column in to_json(data.columns).items() if column},
         features=_features(pathlib.Path(), data),
         image_folder=pathlib.Path(data.image_folder) if data.image_folder else None,

@@ -8,11 +8,15 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from ml_collections import ConfigDict
 
 from marsjax import pipeline
 from marsjax.configuration import override
+from marsjax.data.synthetic import make_synthetic
 from marsjax.defaults import default_config
 from marsjax.records import HIGH, LOW, TEST
 from marsjax.serving import bundle as serving
@@ -223,3 +227,52 @@ def test_options_run(changes, tmp_path):
 def test_paper_preset_runs(tmp_path):
     pipeline.run(small_config("paper", **{"evaluation.methods": "base,mars"}), tmp_path)
     assert (tmp_path / "results.json").is_file()
+
+
+def test_own_tables_run(tmp_path):
+    """A log in Parquet, items in CSV, vectors in npz, columns mapped; and a misnamed column is named."""
+    dataset = make_synthetic(n_users=120, n_items=90, high_events=(20, 30), seed=0)
+    log, items = dataset.log, dataset.items
+    columns = {
+        "uid": np.repeat(log.raw_user_U, np.diff(log.start_U1)),
+        "sku": items.raw_id_N[log.item_E],
+        "clicked": log.label_E.astype(int),
+        "ts": log.time_E,
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "events.parquet")
+    pyarrow.csv.write_csv(pyarrow.table({"sku": items.raw_id_N[1:], "name": items.title_N[1:]}), tmp_path / "items.csv")
+    np.savez(tmp_path / "text.npz", id=items.raw_id_N[1:], embedding=items.modalities["text"].feature_NF[1:])
+    changes = {
+        "data.source": "tabular",
+        "data.events_file": str(tmp_path / "events.parquet"),
+        "data.items_file": str(tmp_path / "items.csv"),
+        "data.text_features": str(tmp_path / "text.npz"),
+        "data.columns.user": "uid",
+        "data.columns.item": "sku",
+        "data.columns.label": "clicked",
+        "data.columns.time": "ts",
+        "data.columns.title": "name",
+        "alignment.modalities": "text",
+        "evaluation.methods": "base,mars",
+    }
+    pipeline.run(small_config(**changes), tmp_path / "run")
+    assert (tmp_path / "run" / "results.json").is_file()
+    with pytest.raises(ValueError, match="column 'label' for label, found uid, sku, clicked, ts"):
+        pipeline.run(small_config(**(changes | {"data.columns.label": "label"})), tmp_path / "run")
+
+
+def test_a_split_that_nothing_can_be_judged_on_is_refused(tmp_path):
+    columns = {"user": [1, 1, 2, 2], "item": ["a", "b", "a", "c"], "label": [1, 0, 1, 1], "time": [1, 2, 1, 2]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "events.parquet")
+    changes = {"data.source": "tabular", "data.events_file": str(tmp_path / "events.parquet")}
+    with pytest.raises(ValueError, match="expected validation rows of both labels, found 0 rows"):
+        pipeline.run(small_config(**changes), tmp_path)
+    pipeline.inspect(small_config(**changes), tmp_path)
+
+
+def test_no_key_hides_behind_a_method_of_the_configuration():
+    """`config.data.items` would be the method of the dictionary, whatever was set."""
+    config = default_config()
+    for section in config.values():
+        if isinstance(section, ConfigDict):
+            assert not [key for key in section if hasattr(ConfigDict, key)]
