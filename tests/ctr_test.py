@@ -19,6 +19,7 @@ SETTINGS = {
     "tower": (8, 4),
     "attention": (6, 3),
     "softmax": True,
+    "apart": False,
     "activation": "prelu",
 }
 
@@ -46,7 +47,7 @@ def build(**changes):
 
 
 ALL = [
-    {"backbone": backbone, "activation": activation, "softmax": softmax, "user_id": user_id}
+    {"backbone": backbone, "activation": activation, "softmax": softmax, "user_id": user_id, "apart": not user_id}
     for backbone, softmax in (("din", True), ("din", False), ("dnn", True))
     for activation in ("prelu", "dice")
     for user_id in (True, False)

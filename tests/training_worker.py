@@ -29,6 +29,7 @@ CTR = {
     "tower": (8,),
     "attention": (8,),
     "softmax": True,
+    "apart": False,
     "activation": "dice",
 }
 SETTINGS = AdamW(1e-3, 1e-2, 10.0)
