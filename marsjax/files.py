@@ -9,8 +9,9 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         OSError: the disk is full, or the folder cannot be written; nothing is left behind.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -33,16 +34,61 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)
         os.replace(partial, path)
+        partial = None
     except OSError as error:
+        if is_full(error):
+            raise explain(error, path) from error
+        raise
+    finally:  # an interrupt leaves nothing either
         if partial is not None:
             with contextlib.suppress(OSError):
                 os.unlink(partial)
-        raise explain(error, path) from error
+
+
+@contextlib.contextmanager
+def write_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives an empty folder beside `folder` to write into, which takes its place where the block ends well.
+
+    What was at `folder` stays until then, and stays for good where the block raises.
+
+    Raises:
+        OSError: the disk is full, or the parent cannot be written; nothing new is left behind.
+    """
+    folder = pathlib.Path(folder).absolute()
+    partial = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial"))
+        new, old = partial / "new", partial / "old"
+        new.mkdir()
+        yield new
+        # A folder cannot be renamed over one that has content. A kill between the two renames leaves both folders
+        # whole inside the partial one, and nothing at `folder`.
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    except OSError as error:
+        if is_full(error):
+            raise explain(error, folder) from error
+        raise
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk (or the quota on it) is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def explain(error: OSError, path: pathlib.Path) -> OSError:
     """The same error with a message that says what to do; only a full disk is rephrased."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    if not is_full(error):
         return error
     return OSError(
         error.errno, f"no space left while writing {path}; nothing was left half-written. Free some space and run again"
@@ -63,7 +109,9 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
-    """Writes an uncompressed .npz."""
+    """Writes an uncompressed .npz. Arrays of Python objects, which could not be read back, raise ValueError."""
+    for name, array in arrays.items():
+        _refuse_objects(name, np.asarray(array))
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_bytes(path, buffer.getvalue())
@@ -76,12 +124,18 @@ def sha256_file(path: pathlib.Path) -> str:
 
 
 def digest_arrays(arrays: Mapping[str, Any]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names. Python objects raise ValueError."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name])  # not ascontiguousarray, which turns a scalar into an array of one
+        _refuse_objects(name, array)
         digest.update(f"{name}|{array.dtype}|{array.shape}|".encode())
-        if array.dtype.hasobject:
-            raise ValueError(f"{name}: expected plain numbers or fixed-width strings, found Python objects")
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _refuse_objects(name: str, array: np.ndarray) -> None:
+    if array.dtype.hasobject:
+        raise ValueError(
+            f"{name}: expected plain numbers or fixed-width strings, found Python objects ({array.dtype}); convert them"
+        )

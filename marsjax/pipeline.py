@@ -69,6 +69,7 @@ class Space(NamedTuple):
     params: PyTree
     tables: alignment.FeatureTables
     fingerprint: str
+    seconds_before: float  # spent on it by an earlier run, as in the two records below
 
 
 class Donation(NamedTuple):
@@ -79,6 +80,7 @@ class Donation(NamedTuple):
     borrowed: Borrowed
     folder: pathlib.Path
     fingerprint: str
+    seconds_before: float
 
 
 class Trained(NamedTuple):
@@ -87,6 +89,7 @@ class Trained(NamedTuple):
     predictions: Predictions
     params: PyTree
     statistics: PyTree
+    seconds_before: float
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -94,15 +97,19 @@ class Trained(NamedTuple):
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """All stages for every seed, then the report."""
-    began = time.monotonic()
+    began, seconds_before = time.monotonic(), 0.0
     loaded = load(config)
     results: dict[str, list[Predictions]] = {method: [] for method in config.evaluation.methods}
     for seed in config.seeds:
         space = align_stage(config, loaded, workdir, seed)
         donation = augment_stage(config, loaded, space, workdir, seed)
+        seconds_before += space.seconds_before + donation.seconds_before
         for method, predictions in results.items():
-            predictions.append(train_stage(config, loaded, donation, workdir, seed, method).predictions)
-    write_report(config, loaded, results, workdir, seconds=time.monotonic() - began)
+            trained = train_stage(config, loaded, donation, workdir, seed, method)
+            predictions.append(trained.predictions)
+            seconds_before += trained.seconds_before
+    # A run that was stopped and continued took the time of its parts.
+    write_report(config, loaded, results, workdir, seconds=time.monotonic() - began + seconds_before)
 
 
 def inspect(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -148,6 +155,8 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
     donation = augment_stage(config, loaded, space, workdir, seed)
     trained = train_stage(config, loaded, donation, workdir, seed, method)
     vectors = np.load(embed_stage(config, loaded, space, workdir, seed) / "embeddings.npz")
+    donor_PD = vectors["user_UD"][donation.donors.user_P]
+    centre_D = centre_of(config, donor_PD)
     output = output or workdir / "bundle"
     serving.write_bundle(
         output,
@@ -157,9 +166,9 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
         items=serving.Items(*loaded.dataset.items[:3], vectors["item_ND"]),
         ctr={"params": trained.params, "statistics": trained.statistics},
         alignment=space.params,
-        donors=donation.donors._asdict(),
+        donors=donation.donors._asdict() | {"centre_D": centre_D},
         write_index=lambda folder: retrieval.save_index(
-            retrieval.build_index(vectors["user_UD"][donation.donors.user_P], donation.donors.user_P), folder
+            retrieval.build_index(donor_PD - centre_D, donation.donors.user_P), folder
         ),
     )
     say(f"bundle: {output}")
@@ -280,8 +289,8 @@ def align_stage(config: ConfigDict, loaded: Loaded, workdir: pathlib.Path, seed:
         files.write_json(folder / "diagnostics.json", fitted.evaluations)
         loop.forget(folder)
 
-    folder = stage(workdir, f"alignment-seed{seed}", key, build)
-    return Space(encoder, checkpoint.load_params(folder / "params", template), tables, key)
+    folder, seconds = stage(workdir, f"alignment-seed{seed}", key, build)
+    return Space(encoder, checkpoint.load_params(folder / "params", template), tables, key, seconds)
 
 
 def embed_stage(config: ConfigDict, loaded: Loaded, space: Space, workdir: pathlib.Path, seed: int) -> pathlib.Path:
@@ -299,7 +308,7 @@ def embed_stage(config: ConfigDict, loaded: Loaded, space: Space, workdir: pathl
         item_ND = embeddings.item_vectors(*space[:3], n_items=space.encoder.n_items)
         files.write_arrays(folder / "embeddings.npz", user_UD=user_UD, item_ND=item_ND)
 
-    return stage(workdir, f"embeddings-seed{seed}", key, build)
+    return stage(workdir, f"embeddings-seed{seed}", key, build).folder
 
 
 def augment_stage(config: ConfigDict, loaded: Loaded, space: Space, workdir: pathlib.Path, seed: int) -> Donation:
@@ -320,7 +329,7 @@ def augment_stage(config: ConfigDict, loaded: Loaded, space: Space, workdir: pat
             query_QD = embeddings.user_vectors(
                 *space[:3], histories, queries.user_Q, queries.end_Q, cap=config.retrieval.history, advance=advance
             )
-        centre_D = donor_PD.mean(axis=0) if config.retrieval.centre else np.zeros(donor_PD.shape[1], np.float32)
+        centre_D = centre_of(config, donor_PD)
         neighbours, recall = find_neighbours(config, query_QD - centre_D, donor_PD - centre_D, donors, folder)
         with progress("borrowing", len(queries.user_Q)) as advance:
             candidates = mars.borrow(
@@ -339,9 +348,9 @@ def augment_stage(config: ConfigDict, loaded: Loaded, space: Space, workdir: pat
             folder / "statistics.json", table.statistics(candidates, queries, rows, log_) | {"recall": recall}
         )
 
-    folder = stage(workdir, f"augmentation-seed{seed}", key, build)
+    folder, seconds = stage(workdir, f"augmentation-seed{seed}", key, build)
     borrowed = mars.kept_items(table.read_candidates(folder / "candidates.npz"))
-    return Donation(queries, donors, borrowed, folder, key)
+    return Donation(queries, donors, borrowed, folder, key, seconds)
 
 
 def train_stage(
@@ -402,10 +411,10 @@ def train_stage(
         files.write_arrays(folder / "test.npz", score=score(fitted.params, fitted.statistics, test_E))
         loop.forget(folder)
 
-    folder = stage(workdir, f"{method}-seed{seed}", key, build)
+    folder, seconds = stage(workdir, f"{method}-seed{seed}", key, build)
     score_B, user_B = np.load(folder / "test.npz")["score"], rows.user_E[test_E]
     predictions = Predictions(user_B, log_.item_E[test_E], log_.label_E[test_E], score_B, rows.group_U[user_B])
-    return Trained(predictions, **checkpoint.load_params(folder / "params", template))
+    return Trained(predictions, **checkpoint.load_params(folder / "params", template), seconds_before=seconds)
 
 
 def write_report(
@@ -510,6 +519,11 @@ def find_donors(rows: Rows, *, cap: int) -> mars.Donors:
         gather_histories(histories, user_P, end_P, cap=cap),
         gather_histories(times, user_P, end_P, cap=cap).astype(np.int64),
     )
+
+
+def centre_of(config: ConfigDict, donor_PD: np.ndarray) -> np.ndarray:
+    """What is subtracted from users and items before a cosine: the donors' mean, or nothing (the literal Eq. 15)."""
+    return donor_PD.mean(axis=0) if config.retrieval.centre else np.zeros(donor_PD.shape[1], np.float32)
 
 
 def find_neighbours(

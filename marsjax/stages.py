@@ -6,14 +6,22 @@ import logging
 import pathlib
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from marsjax import files
 
 log = logging.getLogger(__name__)
 
 
-def stage(workdir: pathlib.Path, name: str, fingerprint: str, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """The folder of a finished stage, built if it is not there.
+class Finished(NamedTuple):
+    """A finished stage."""
+
+    folder: pathlib.Path
+    seconds_before: float  # what an earlier run spent on it; 0 where this one built it
+
+
+def stage(workdir: pathlib.Path, name: str, fingerprint: str, build: Callable[[pathlib.Path], None]) -> Finished:
+    """A finished stage, built if it is not there.
 
     `fingerprint` covers the configuration and the data that the stage reads: another one is another folder, so nothing
     is overwritten. A stage that was interrupted is built again into the same folder, where `build` may find
@@ -25,7 +33,7 @@ def stage(workdir: pathlib.Path, name: str, fingerprint: str, build: Callable[[p
         damaged = _damaged(folder)
         if not damaged:
             log.info("%s: already done, skipped (%s)", name, folder)
-            return folder
+            return Finished(folder, files.read_json(seal)["seconds"])
         log.warning("%s: %s does not match its sum in %s; building the stage again", name, damaged, seal)
         seal.unlink()
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +42,7 @@ def stage(workdir: pathlib.Path, name: str, fingerprint: str, build: Callable[[p
     sums = {path.relative_to(folder).as_posix(): files.sha256_file(path) for path in _results(folder)}
     files.write_json(seal, {"fingerprint": fingerprint, "seconds": time.monotonic() - began, "sha256": sums})
     log.info("%s: done in %.1f s (%s)", name, time.monotonic() - began, folder)
-    return folder
+    return Finished(folder, 0.0)
 
 
 def _results(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -1,6 +1,7 @@
 """Files appear whole or not at all."""
 
 import errno
+import hashlib
 import os
 
 import numpy as np
@@ -55,3 +56,74 @@ def test_digest_sees_names_types_shapes_and_bytes():
     assert files.digest_arrays({"x": base["a"], "y": base["a"]}) == files.digest_arrays(
         {"y": base["a"], "x": base["a"]}
     )
+
+
+def test_digest_tells_a_scalar_from_an_array_of_one():
+    digests = {files.digest_arrays({"a": np.ones(shape, np.float32)}) for shape in [(), (1,), (1, 1)]}
+    assert len(digests) == 3
+
+
+def test_python_objects_are_refused_before_anything_is_written(tmp_path):
+    objects = np.array([{}], object)
+    with pytest.raises(ValueError, match="names: expected plain numbers.*found Python objects"):
+        files.write_arrays(tmp_path / "x.npz", names=objects)
+    with pytest.raises(ValueError, match="names: expected plain numbers"):
+        files.digest_arrays({"names": objects})
+    assert not list(tmp_path.iterdir())
+
+
+def test_sum_of_a_file(tmp_path):
+    files.write_bytes(tmp_path / "x", b"abc")
+    assert files.sha256_file(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_bytes(tmp_path / "x", b"abc")
+    assert not list(tmp_path.iterdir())
+
+
+def write_two(folder, text):
+    with files.write_folder(folder) as partial:
+        files.write_bytes(partial / "a", text)
+        files.write_bytes(partial / "b", text)
+
+
+def test_folder_is_replaced_as_a_whole(tmp_path):
+    write_two(tmp_path / "x", b"old")
+    files.write_bytes(tmp_path / "x" / "c", b"old")
+    write_two(tmp_path / "x", b"new")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == {"a": b"new", "b": b"new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "io"), KeyboardInterrupt()])
+def test_failed_folder_keeps_the_old_one(tmp_path, error):
+    write_two(tmp_path / "x", b"old")
+    with pytest.raises(type(error)) as raised, files.write_folder(tmp_path / "x") as partial:  # noqa: PT012
+        files.write_bytes(partial / "a", b"new")
+        raise error
+    full = getattr(error, "errno", None) == errno.ENOSPC
+    assert ("no space left while writing" in str(raised.value)) == full
+    assert (tmp_path / "x" / "a").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_failed_renaming_puts_the_old_folder_back(tmp_path, monkeypatch):
+    write_two(tmp_path / "x", b"old")
+    replace = os.replace
+
+    def refuse(source, target):
+        if os.path.basename(source) == "new":
+            raise OSError(errno.EIO, "io")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="io"):
+        write_two(tmp_path / "x", b"new")
+    assert (tmp_path / "x" / "a").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

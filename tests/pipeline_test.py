@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from marsjax import pipeline
+from marsjax import pipeline, retrieval
 from marsjax.configuration import override
 from marsjax.data.synthetic import make_synthetic
 from marsjax.defaults import default_config
@@ -177,6 +177,43 @@ def test_damaged_bundles_are_refused(exported, tmp_path, how):
     }[how]()
     with pytest.raises(ValueError, match="graph.usearch|extra|manifest.json"):
         serving.load_bundle(folder)
+
+
+def test_bundled_index_finds_the_donors_that_lent(workdir, exported):
+    """The index holds vectors less the centre, and the centre lies beside it: a service must find the same donors."""
+    config = small_config()
+    loaded = pipeline.load(config)
+    donation = pipeline.augment_stage(config, loaded, pipeline.align_stage(config, loaded, workdir, 0), workdir, 0)
+    whole_Q = donation.queries.end_Q == loaded.rows.histories.train_end_U[donation.queries.user_Q]
+    donor_Q = np.load(donation.folder / "candidates.npz")["donor_QS"].max(axis=1)[whole_Q]
+    centre_D = np.load(exported / "donors.npz")["centre_D"]
+    query_QD = np.load(exported / "users.npz")["user_UD"][donation.queries.user_Q[whole_Q]] - centre_D
+    assert np.abs(centre_D).max() > 0.01
+    found = retrieval.search(retrieval.load_index(exported / "index"), query_QD, k=1)
+    np.testing.assert_array_equal(found.user_BK[:, 0], donor_Q)
+
+
+@pytest.mark.parametrize("free", [20_000, 90_000])
+@pytest.mark.filterwarnings(
+    "ignore:(?s)Exception ignored in.*(Event loop is closed|was never awaited):pytest.PytestUnraisableExceptionWarning"
+)  # orbax, where one of the arrays it writes at once fails
+def test_full_disk_leaves_no_bundle(workdir, small_disk, free):
+    (small_disk / "other").write_bytes(bytes(3 * 2**20 - free))
+    with pytest.raises(OSError, match="no space left while writing .*bundle; nothing was left half-written"):
+        pipeline.export(small_config(), workdir, output=small_disk / "bundle")
+    assert [path.name for path in small_disk.iterdir()] == ["other"]
+
+
+def test_continued_run_reports_the_time_of_its_parts(workdir):
+    pipeline.run(small_config(), workdir)  # all stages are there
+    spent = [json.loads(path.read_text())["seconds"] for path in (workdir / "stages").glob("*-seed0-*/done.json")]
+    written = json.loads((workdir / "results.json").read_text())
+    parts = sum(
+        json.loads(path.read_text())["seconds"]
+        for name in ("alignment", "augmentation", "base", "random_donor", "popular_items", "mars")
+        for path in sorted((workdir / "stages").glob(f"{name}-seed0-*/done.json"), key=os.path.getmtime)[:1]
+    )
+    assert parts <= written["wall_seconds"] <= sum(spent) + 60
 
 
 def test_bundles_never_change(exported, workdir):

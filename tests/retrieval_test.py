@@ -1,6 +1,7 @@
 """Search: one shape of answer whatever is asked, nothing unsound in the graph, and damage found before it is opened."""
 
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -155,9 +156,168 @@ def test_truncated_description_is_refused(tmp_path):
         retrieval.load_index(tmp_path / "index")
 
 
-def test_another_count_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"count": 7}, "vectors in the graph: expected 7, found 200"),
+        ({"width": 4}, "width of the graph: expected 4, found 16"),
+        ({"metric": "l2sq"}, "metric: expected ip, found l2sq"),
+        ({"dtype": "f16"}, "dtype of the graph: expected f16, found f32"),
+        ({"sha256": {}}, "graph.usearch: expected sha256 no sum"),
+        ({"width": None}, r"index.json: expected width \(int\), found None"),
+    ],
+)
+def test_another_description_is_refused_before_the_graph_is_loaded(tmp_path, monkeypatch, changed, message):
     retrieval.save_index(retrieval.build_index(BASE, USERS), tmp_path / "index")
     path = tmp_path / "index" / "index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"count": 7}))
-    with pytest.raises(ValueError, match="expected 7 vectors"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    monkeypatch.setattr(retrieval, "_graph", lambda *_: pytest.fail("USearch was reached"))
+    with pytest.raises(ValueError, match=message):
         retrieval.load_index(tmp_path / "index")
+
+
+def test_description_that_is_no_object_is_refused(tmp_path):
+    retrieval.save_index(retrieval.build_index(BASE, USERS), tmp_path / "index")
+    (tmp_path / "index" / "index.json").write_text("[]")
+    with pytest.raises(ValueError, match="index.json: expected an object, found list"):
+        retrieval.load_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "i8"])
+def test_precision_of_the_graph_survives_and_leaves_the_similarities_alone(tmp_path, dtype):
+    index = retrieval.build_index(BASE, USERS, dtype=dtype)
+    retrieval.save_index(index, tmp_path / "index")
+    query = vectors(20, seed=1)
+    found = retrieval.search(retrieval.load_index(tmp_path / "index"), query, k=5, expansion_search=400)
+    exact = retrieval.exact_search(query, BASE, USERS, k=200)
+    by_user = [dict(zip(*pair, strict=True)) for pair in zip(exact.user_BK, exact.similarity_BK, strict=True)]
+    for users, similarities, expected in zip(found.user_BK, found.similarity_BK, by_user, strict=True):
+        np.testing.assert_array_equal(similarities, [expected[user] for user in users])
+
+
+def test_full_disk_says_so_and_keeps_the_index(small_disk):
+    retrieval.save_index(retrieval.build_index(BASE, USERS), small_disk / "index")
+    with pytest.raises(OSError, match="no space left while writing .*index"):
+        retrieval.save_index(retrieval.build_index(vectors(20_000, 32), np.arange(20_000)), small_disk / "index")
+    assert [path.name for path in small_disk.iterdir()] == ["index"]
+    np.testing.assert_array_equal(retrieval.load_index(small_disk / "index").user_P, USERS)
+
+
+def test_equal_vectors_are_ties_whatever_the_shapes():
+    """A matmul gives equal columns unequal products at some shapes; the lowest users must come first at all of them."""
+    rng = np.random.default_rng(1)
+    for _ in range(150):
+        n, d, b = (int(rng.integers(*limits)) for limits in [(20, 3000), (3, 140), (1, 40)])
+        base = np.repeat(rng.normal(size=(1, d)).astype(np.float32), n, axis=0)
+        users = rng.permutation(n) * 2
+        found = retrieval.exact_search(rng.normal(size=(b, d)), base, users, k=7)
+        np.testing.assert_array_equal(found.user_BK, np.tile(np.arange(7) * 2, (b, 1)))
+        assert (found.similarity_BK == found.similarity_BK[:, :1]).all()
+
+
+def test_ties_in_a_search_come_in_order():
+    base = np.concatenate([BASE, BASE])
+    users = np.random.default_rng(0).permutation(400)
+    found = retrieval.search(retrieval.build_index(base, users), vectors(40, seed=1), k=400, expansion_search=400)
+    tied_BK = found.valid_BK[:, 1:] & (found.similarity_BK[:, 1:] == found.similarity_BK[:, :-1])
+    assert tied_BK.sum() >= 40 * 150
+    assert (np.diff(found.user_BK, axis=1)[tied_BK] > 0).all()
+
+
+def test_similarities_are_those_of_the_oracle_and_of_no_batch():
+    """To the bit: approximate or exact, one query or many, in chunks or not."""
+    query = vectors(33, seed=1)
+    exact = retrieval.exact_search(query, BASE, USERS, k=9)
+    found = retrieval.search(retrieval.build_index(BASE, USERS), query, k=9, expansion_search=400)
+    chunked = retrieval.exact_search(query, BASE, USERS, k=9, chunk=4)
+    for i in range(33):
+        alone = retrieval.exact_search(query[i : i + 1], BASE, USERS, k=9)
+        np.testing.assert_array_equal(alone.similarity_BK[0], exact.similarity_BK[i])
+    for other in (found, chunked):
+        for a, b in zip(other, exact, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
+def test_length_does_not_matter_however_extreme(scale):
+    query = vectors(5, seed=1)
+    expected = retrieval.exact_search(query, BASE, USERS, k=5)
+    for found in (
+        retrieval.exact_search(query * np.float32(scale), BASE, USERS, k=5),
+        retrieval.exact_search(query, BASE * np.float32(scale), USERS, k=5),
+    ):
+        np.testing.assert_array_equal(found.user_BK, expected.user_BK)
+        np.testing.assert_allclose(found.similarity_BK, expected.similarity_BK, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["exact", "usearch"])
+def test_query_beyond_float32_is_refused(backend):
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        searches()[backend](np.full((1, 16), 1e300), k=1)
+
+
+@pytest.mark.parametrize("backend", ["exact", "usearch"])
+@pytest.mark.parametrize("k", [0, -1])
+def test_no_neighbours_asked_is_refused(backend, k):
+    with pytest.raises(ValueError, match=f"expected k of 1 or more, found {k}"):
+        searches()[backend](vectors(2), k=k)
+
+
+@pytest.mark.parametrize("backend", ["exact", "usearch"])
+def test_exclusion_of_another_shape_is_refused(backend):
+    with pytest.raises(ValueError, match=r"expected one user to exclude a query, \(3,\), found \(1,\)"):
+        searches()[backend](vectors(3), k=2, exclude_B=np.array([1]))
+
+
+def test_excluding_nobody_excludes_nobody():
+    for name, found in searches().items():
+        a, b = found(vectors(4), k=5), found(vectors(4), k=5, exclude_B=np.full(4, -1))
+        np.testing.assert_array_equal(a.user_BK, b.user_BK, err_msg=name)
+
+
+def test_user_with_two_vectors_is_refused():
+    users = np.where(np.arange(200) == 7, USERS[3], USERS)
+    with pytest.raises(ValueError, match=f"found user {USERS[3]} more than once"):
+        retrieval.build_index(BASE, users)
+    with pytest.raises(ValueError, match="more than once"):
+        retrieval.exact_search(vectors(1), BASE, users, k=1)
+
+
+def test_nothing_sound_to_search_answers_nothing(tmp_path, caplog):
+    base = np.full((5, 16), np.nan)
+    index = retrieval.build_index(base, np.arange(5))
+    assert index.left_out == 5
+    assert "5 of 5 user vectors" in caplog.text
+    retrieval.save_index(index, tmp_path / "index")
+    for found in (
+        retrieval.search(retrieval.load_index(tmp_path / "index"), vectors(3), k=2),
+        retrieval.exact_search(vectors(3), base, np.arange(5), k=2),
+    ):
+        assert found.user_BK.shape == (3, 2)
+        assert not found.valid_BK.any()
+
+
+def test_slots_that_the_graph_left_unfilled_are_padding():
+    """USearch fills them with key 0, which is a user; only its counts tell."""
+
+    class Matches(NamedTuple):
+        keys: np.ndarray
+        counts: np.ndarray
+
+    class Poor:
+        expansion_search = 0
+
+        def search(self, query_BD, count, *, threads):
+            keys_BK = np.zeros((len(query_BD), count), np.uint64)
+            keys_BK[0, 0] = 5
+            return Matches(keys_BK, np.array([1, 0]))
+
+    found = retrieval.search(retrieval.build_index(BASE, USERS)._replace(graph=Poor()), vectors(2), k=3)
+    np.testing.assert_array_equal(found.user_BK, [[USERS[5], -1, -1], [-1, -1, -1]])
+    np.testing.assert_array_equal(found.valid_BK, [[True, False, False], [False, False, False]])
+
+
+def test_recall_of_other_queries_is_refused():
+    found = retrieval.exact_search(vectors(4), BASE, USERS, k=2)
+    with pytest.raises(ValueError, match="expected answers to the same queries"):
+        retrieval.recall(found, retrieval.exact_search(vectors(5), BASE, USERS, k=2))

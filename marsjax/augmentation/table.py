@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 
 import numpy as np
 
+from marsjax import files
 from marsjax.augmentation.mars import Candidates
 from marsjax.records import TEST, TRAIN, Dataset, Log, Queries, Rows
 
@@ -56,6 +56,7 @@ def write_parquet(path: pathlib.Path, candidates: Candidates, queries: Queries, 
 
     Raises:
         ImportError: pyarrow is not installed.
+        OSError: the disk is full; nothing is left behind.
     """
     try:
         import pyarrow
@@ -77,10 +78,6 @@ def write_parquet(path: pathlib.Path, candidates: Candidates, queries: Queries, 
         "kept": kept_S,
         "position": np.where(kept_S, position_QS[query_S, slot_S], -1).astype(np.int32),
     }
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.table(columns), partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    table = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(columns), table)
+    files.write_bytes(path, table.getvalue().to_pybytes())

@@ -4,17 +4,14 @@ manifest.json     versions, counts, configuration, sha256 of every file
 ctr/, alignment/  parameters (orbax)
 items.npz         ids, titles, categories, static vectors
 users.npz         ids, activity groups, vectors, latest histories, what each low-active user borrows
-donors.npz        training histories of the high-active users
-index/            the index over their vectors
+donors.npz        training histories of the high-active users, and the vector subtracted before a cosine
+index/            the index over their vectors, less that vector
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -99,9 +96,7 @@ def write_bundle(
         raise ValueError(
             f"{folder}: expected a folder that does not exist yet, since bundles never change; give another"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with files.write_folder(folder) as partial:
         checkpoint.save_params(partial / "ctr", ctr)
         checkpoint.save_params(partial / "alignment", alignment)
         files.write_arrays(partial / "items.npz", **items._asdict())
@@ -116,12 +111,6 @@ def write_bundle(
             "sha256": {path.relative_to(partial).as_posix(): files.sha256_file(path) for path in _files(partial)},
         }
         files.write_json(partial / "manifest.json", manifest)
-        os.chmod(partial, 0o755)
-        os.replace(partial, folder)
-    except OSError as error:
-        raise files.explain(error, folder) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_bundle(folder: pathlib.Path) -> Bundle:
