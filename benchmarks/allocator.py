@@ -71,6 +71,7 @@ def main() -> None:
     if arguments.case:
         sys.stdout.write(json.dumps(measure(arguments.case == "kept")))
         return
+    from marsjax import provenance
     from marsjax.evaluation import report
 
     began = time.perf_counter()
@@ -104,8 +105,8 @@ def main() -> None:
         report.write_results(
             arguments.output,
             command="python benchmarks/allocator.py",
-            commit=report.current_commit(pathlib.Path(__file__).parent),
-            machine=report.machine_description(),
+            commit=provenance.current_commit(),
+            machine=provenance.machine_description(),
             wall_seconds=time.perf_counter() - began,
             rows=rows,
         )

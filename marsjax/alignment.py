@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from marsjax import stein
-from marsjax.records import AlignmentBatch, Array
+from marsjax.records import AlignmentBatch, Array, Items
 from marsjax.training.optimizer import AdamW, adamw
 from marsjax.training.sharding import Lifted, lift
 from marsjax.training.step import Share, StepFn, make_step
@@ -26,6 +27,27 @@ class FeatureTables(NamedTuple):
 
     feature_NF: Mapping[str, Array]  # name -> [N, F]
     present_N: Mapping[str, Array]  # name -> [N] bool
+
+
+def feature_tables(items: Items, modalities: tuple[str, ...]) -> FeatureTables:
+    """Raw features, moved and scaled by modality so that encoders of any scale train alike; absent rows stay zero.
+
+    Raises ValueError for a modality that the items lack.
+    """
+    features, present = {}, {}
+    for name in modalities:
+        if name not in items.modalities:
+            raise ValueError(
+                f"alignment.modalities: expected modalities of the data, {sorted(items.modalities)}, found {name!r}; "
+                f"set --config.alignment.modalities, or give --config.data.{name}_features"
+            )
+        feature_NF, present_N = items.modalities[name]
+        if not present_N.any():
+            raise ValueError(f"modality {name!r}: expected features of at least one item, found none")
+        moved_NF = (feature_NF - feature_NF[present_N].mean(axis=0)) * present_N[:, None]
+        features[name] = (moved_NF / max(float(moved_NF[present_N].std()), 1e-12)).astype(np.float32)
+        present[name] = present_N
+    return FeatureTables(features, present)
 
 
 class AlignmentLoss(NamedTuple):

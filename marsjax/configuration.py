@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
@@ -127,6 +127,31 @@ def _parse(key: str, text: str, now: Any, kind: type) -> Any:
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"config.{key} expects {names.get(kind, kind.__name__)}, got {text!r}") from None
     return value
+
+
+def check_choices(
+    config: ConfigDict, choices: Mapping[str, Collection[str]], *, at_least_one: Sequence[str] = ()
+) -> None:
+    """Refuses values that are none of the choices of their key, and numbers below 1.
+
+    A key that holds several values needs at least one, and each must be a choice.
+
+    Raises:
+        ValueError: naming the key, the choices and what was found.
+    """
+    leaves = _leaves(config)
+    for key, known in choices.items():
+        value = leaves[key]
+        values = [value] if isinstance(value, str) else list(value)
+        wrong = [name for name in values if name not in known]
+        if wrong or not values:
+            near = difflib.get_close_matches(wrong[0], [*known], n=1) if wrong else []
+            hint = f"; did you mean {near[0]}?" if near else ""
+            found = repr(wrong[0]) if wrong else "none"
+            raise ValueError(f"config.{key} expects one of {', '.join(sorted(known))}, got {found}{hint}")
+    for key in at_least_one:
+        if leaves[key] < 1:
+            raise ValueError(f"config.{key} expects 1 or more, got {leaves[key]}")
 
 
 def _leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:

@@ -81,8 +81,9 @@ def default_config(preset: str = "mars") -> ConfigDict:
 
     config.augmentation = augmentation = ConfigDict()
     augmentation.strategy = "filter"  # most_similar, filter, kth_similar, dp (section 4.4)
-    augmentation.theta = config_dict.placeholder(float)  # Eq. 17 as a value
-    augmentation.theta_quantile = 0.5  # Eq. 17 as a quantile of the donor's items; the paper gives no theta
+    augmentation.theta = config_dict.placeholder(float)  # Eq. 17 as a value (then theta_quantile=none)
+    augmentation.theta_quantile = config_dict.placeholder(float)  # Eq. 17 as a quantile of the donor's items, or none
+    augmentation.theta_quantile = 0.5  # the paper gives no theta
     augmentation.vectors = "contextual"  # item vectors of Eq. 16 in the donor's history, or static ones
     augmentation.time_safe = False  # borrow nothing that the donor met after the target
     augmentation.drop_target = False  # never borrow the target itself
@@ -113,7 +114,14 @@ def default_config(preset: str = "mars") -> ConfigDict:
     training.log_steps = 50
 
     config.evaluation = evaluation = ConfigDict()
-    evaluation.methods = ("base", "random_donor", "popular_items", "mars")
+    evaluation.methods = (  # each is trained on its own; see augmentation/methods.py
+        "base",
+        "random_donor",
+        "popular_items",
+        "mars",
+        "mars_time_safe",
+        "mars_without_target",
+    )
     evaluation.bootstrap = 1000  # resamples of the users
     evaluation.inputs = "ids"  # how reports name the inputs of the CTR model
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from marsjax.alignment import FeatureTables, MultimodalEncoder, apply
 from marsjax.data.histories import gather_histories
+from marsjax.progress import progress
 from marsjax.records import Histories
 
 PyTree = Any
@@ -96,6 +97,29 @@ def contextual_vectors(
     return in_chunks(
         lambda chunk_BL: _encode(encoder, params, tables, chunk_BL)[0], history_BL, size=size, advance=advance
     )
+
+
+def donor_vectors(
+    kind: str,
+    encoder: MultimodalEncoder,
+    params: PyTree,
+    tables: FeatureTables,
+    item_PL: np.ndarray,
+    item_ND: np.ndarray,
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Item vectors of donors for Eq. 16, as a function of positions [X] among them -> [X, L, D].
+
+    Args:
+        kind: "contextual", each item in the context of its donor's history, or "static", from the table `item_ND`.
+        item_PL: the donors' histories.
+    """
+    if kind == "static":
+        return lambda position_X: item_ND[item_PL[position_X]]
+    if kind != "contextual":
+        raise ValueError(f"augmentation.vectors: expected contextual or static, found {kind!r}")
+    with progress("donor item vectors", len(item_PL)) as advance:
+        vector_PLD = contextual_vectors(encoder, params, tables, item_PL, advance=advance)
+    return lambda position_X: vector_PLD[position_X]
 
 
 @functools.partial(jax.jit, static_argnums=0)

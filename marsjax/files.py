@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -78,7 +79,20 @@ def write_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
     finally:
         if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_folder(partial)
+
+
+def remove_folder(folder: pathlib.Path, *, seconds: float = 5.0) -> None:
+    """Removes a folder and all in it; no error where it is not there.
+
+    Orbax writes many files at once. Where one of them fails, the others are still being written for some moments, and
+    a folder that gains a file while it is being removed stays: so this tries again, for some seconds.
+    """
+    until = time.monotonic() + seconds
+    shutil.rmtree(folder, ignore_errors=True)
+    while folder.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_full(error: OSError) -> bool:

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import pathlib
+import shlex
 import sys
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ COMMANDS = {
 FLAG_HELP = {
     "output": "where to write (default: in --workdir; for score, beside the requests)",
     "bundle": "folder that `marsjax export` wrote",
-    "requests": 'JSON lines: {"user": ID, "items": [ID, ...], "history": [ID, ...] (optional)}',
+    "requests": 'JSON lines: {"user": ID, "items": [ID, ...]}, and if you like "history": [ID, ...] and "time": NUMBER',
 }
 
 
@@ -73,13 +74,16 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(f"\nconfiguration of {arguments.config}:\n{describe(config, *sources)}\n")
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of a save
+    # Orbax tells every step of a save, and every part of a failure, which is raised and told in one line here.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("jax").setLevel(logging.WARNING)  # jax tells which backends it looked for
     keep_freed_memory()
     try:
         pipeline = importlib.import_module("marsjax.pipeline")  # here, so that --help answers at once
         positional = (config, arguments.workdir) if command.needs_config else ()
         flags = {flag: getattr(arguments, flag) for flag in command.flags}
+        if arguments.command == "run":
+            flags["command"] = shlex.join(["marsjax", *(sys.argv[1:] if argv is None else argv)])
         return getattr(pipeline, arguments.command)(*positional, **flags) or 0
     except KeyboardInterrupt:
         sys.stderr.write("marsjax: stopped; run the same command again to continue\n")

@@ -6,7 +6,6 @@ import functools
 import logging
 import math
 import pathlib
-import shlex
 import sys
 import time
 from typing import Any, NamedTuple
@@ -16,27 +15,30 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from marsjax import alignment, embeddings, files, retrieval
-from marsjax.augmentation import controls, mars, table
+from marsjax.augmentation import mars, table
+from marsjax.augmentation.donors import find_donors
+from marsjax.augmentation.methods import METHODS, Offer
 from marsjax.augmentation.queries import make_queries
-from marsjax.configuration import fingerprint, to_json
+from marsjax.configuration import check_choices, fingerprint, to_json
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import make_backbone
 from marsjax.data import batches, inspection
-from marsjax.data.histories import gather_histories
 from marsjax.data.movielens import load_movielens
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
 from marsjax.data.tabular import load_tabular
 from marsjax.evaluation import metrics, report
 from marsjax.progress import progress
+from marsjax.provenance import current_commit, machine_description
 from marsjax.records import (
-    HIGH,
     TEST,
     TRAIN,
     VALID,
     Augmentation,
     Borrowed,
     Dataset,
+    Donors,
+    Embeddings,
     ItemTables,
     Predictions,
     Queries,
@@ -44,7 +46,7 @@ from marsjax.records import (
 )
 from marsjax.serving import bundle as serving
 from marsjax.serving.requests import read_requests, write_scores
-from marsjax.stages import stage
+from marsjax.stages import Stages
 from marsjax.training import checkpoint, loop
 from marsjax.training.optimizer import AdamW, adamw
 from marsjax.training.step import init_state
@@ -62,25 +64,32 @@ class Loaded(NamedTuple):
     fingerprint: str
 
 
+class Context(NamedTuple):
+    """What every stage of one seed reads."""
+
+    config: ConfigDict
+    loaded: Loaded
+    stages: Stages
+    seed: int
+
+
 class Space(NamedTuple):
-    """The trained encoder of the alignment stage."""
+    """The trained encoder of the alignment stage; parameters and tables are on the device."""
 
     encoder: alignment.MultimodalEncoder
     params: PyTree
     tables: alignment.FeatureTables
     fingerprint: str
-    seconds_before: float  # spent on it by an earlier run, as in the two records below
 
 
 class Donation(NamedTuple):
     """What the queries may borrow, from whom."""
 
     queries: Queries
-    donors: mars.Donors
+    donors: Donors
     borrowed: Borrowed
     folder: pathlib.Path
     fingerprint: str
-    seconds_before: float
 
 
 class Trained(NamedTuple):
@@ -89,81 +98,89 @@ class Trained(NamedTuple):
     predictions: Predictions
     params: PyTree
     statistics: PyTree
-    seconds_before: float
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """All stages for every seed, then the report."""
-    began, seconds_before = time.monotonic(), 0.0
-    loaded = load(config)
+def run(config: ConfigDict, workdir: pathlib.Path, *, command: str = "marsjax.pipeline.run(config, workdir)") -> None:
+    """All stages for every seed, then the report, which quotes `command`."""
+    began = time.monotonic()
+    stages, loaded = Stages(workdir), load(config)
     results: dict[str, list[Predictions]] = {method: [] for method in config.evaluation.methods}
     for seed in config.seeds:
-        space = align_stage(config, loaded, workdir, seed)
-        donation = augment_stage(config, loaded, space, workdir, seed)
-        seconds_before += space.seconds_before + donation.seconds_before
+        context = Context(config, loaded, stages, seed)
+        donation = borrow(context)
         for method, predictions in results.items():
-            trained = train_stage(config, loaded, donation, workdir, seed, method)
-            predictions.append(trained.predictions)
-            seconds_before += trained.seconds_before
+            predictions.append(train_stage(context, donation, method).predictions)
+    if loaded.dataset.oracle_E is not None:
+        results["best_possible"] = [predictions_of(loaded, loaded.dataset.oracle_E)] * len(config.seeds)
     # A run that was stopped and continued took the time of its parts.
-    write_report(config, loaded, results, workdir, seconds=time.monotonic() - began + seconds_before)
+    write_report(context, results, command=command, seconds=time.monotonic() - began + stages.seconds_before)
 
 
 def inspect(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Prints what the data hold and every problem found."""
+    check(config)
     dataset = read(config)
     say(inspection.describe(dataset, split(config, dataset)))
 
 
 def align(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains the aligned space of every seed and writes item and user vectors."""
-    loaded = load(config)
+    loaded, stages = load(config), Stages(workdir)
     for seed in config.seeds:
-        space = align_stage(config, loaded, workdir, seed)
-        folder = embed_stage(config, loaded, space, workdir, seed)
+        context = Context(config, loaded, stages, seed)
+        _, folder = embed_stage(context, align_stage(context))
         say(f"item and user vectors of seed {seed}: {folder}/embeddings.npz")
 
 
 def augment(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | None = None) -> None:
     """Writes what every low-active user borrows, as Parquet."""
-    loaded = load(config)
-    seed = config.seeds[0]
-    donation = augment_stage(config, loaded, align_stage(config, loaded, workdir, seed), workdir, seed)
     output = output or workdir / "borrowed.parquet"
+    table.need_pyarrow()
+    context = Context(config, load(config), Stages(workdir), config.seeds[0])
+    donation = borrow(context)
     candidates = table.read_candidates(donation.folder / "candidates.npz")
-    table.write_parquet(output, candidates, donation.queries, loaded.rows, loaded.dataset)
+    table.write_parquet(output, candidates, donation.queries, context.loaded.rows, context.loaded.dataset)
     say(f"{donation.borrowed.start_Q1[-1]} borrowed items of {len(donation.queries.user_Q)} queries: {output}")
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains and scores the CTR model with every method, for every seed."""
-    loaded = load(config)
+    loaded, stages = load(config), Stages(workdir)
     for seed in config.seeds:
-        space = align_stage(config, loaded, workdir, seed)
-        donation = augment_stage(config, loaded, space, workdir, seed)
+        context = Context(config, loaded, stages, seed)
+        donation = borrow(context)
         for method in config.evaluation.methods:
-            train_stage(config, loaded, donation, workdir, seed, method)
+            train_stage(context, donation, method)
 
 
 def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | None = None) -> None:
     """Writes a bundle of the method `export.method`, trained with the first seed."""
-    loaded, seed, method = load(config), config.seeds[0], config.export.method
-    space = align_stage(config, loaded, workdir, seed)
-    donation = augment_stage(config, loaded, space, workdir, seed)
-    trained = train_stage(config, loaded, donation, workdir, seed, method)
-    vectors = np.load(embed_stage(config, loaded, space, workdir, seed) / "embeddings.npz")
-    donor_PD = vectors["user_UD"][donation.donors.user_P]
-    centre_D = centre_of(config, donor_PD)
     output = output or workdir / "bundle"
+    serving.need_new(output)
+    context = Context(config, load(config), Stages(workdir), config.seeds[0])
+    space = align_stage(context)
+    vectors, _ = embed_stage(context, space)
+    donation = augment_stage(context, space, vectors)
+    trained = train_stage(context, donation, config.export.method)
+    donor_PD = vectors.user_UD[donation.donors.user_P]
+    centre_D = centre_of(config, donor_PD)
+    dataset, rows, _ = context.loaded
     serving.write_bundle(
         output,
         config=to_json(config),
-        counts=counts(loaded),
-        users=bundle_users(config, loaded, donation, seed, method, vectors["user_UD"]),
-        items=serving.Items(*loaded.dataset.items[:3], vectors["item_ND"]),
+        counts=counts(context.loaded),
+        users=serving.latest_users(
+            dataset.log, rows, choose_augmentation(context, donation, config.export.method), vectors.user_UD
+        ),
+        items=serving.Items(
+            raw_id_N=dataset.items.raw_id_N,
+            title_N=dataset.items.title_N,
+            category_NG=dataset.items.category_NG,
+            item_ND=vectors.item_ND,
+        ),
         ctr={"params": trained.params, "statistics": trained.statistics},
         alignment=space.params,
         donors=donation.donors._asdict() | {"centre_D": centre_D},
@@ -179,22 +196,55 @@ def score(*, bundle: pathlib.Path | None, requests: pathlib.Path | None, output:
     missing = [f"--{name}" for name, value in (("bundle", bundle), ("requests", requests)) if value is None]
     if bundle is None or requests is None:
         raise ValueError(f"score: expected --bundle=DIR and --requests=FILE, found no {' and no '.join(missing)}")
-    read = read_requests(requests)
+    asked = read_requests(requests)
     output = output or requests.with_suffix(".scores.jsonl")
-    write_scores(output, read, serving.score(serving.load_bundle(bundle), read))
-    say(f"{len(read)} requests scored: {output}")
+    write_scores(output, asked, serving.score(serving.load_bundle(bundle), asked))
+    say(f"{len(asked)} requests scored: {output}")
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
+def borrow(context: Context) -> Donation:
+    """Figure 2 up to the augmented histories: align, embed, retrieve, filter."""
+    space = align_stage(context)
+    vectors, _ = embed_stage(context, space)
+    return augment_stage(context, space, vectors)
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses what cannot work before anything long begins."""
+    check_choices(
+        config,
+        {
+            "data.source": SOURCES,
+            "split.kind": ("leave_one_out", "last_fraction", "global_time"),
+            "split.history": ("all", "positives"),
+            "alignment.entropy_sign": ENTROPY_SIGNS,
+            "alignment.estimator": ("stein", "ssge"),
+            "retrieval.backend": ("usearch", "exact"),
+            "augmentation.strategy": mars.STRATEGIES,
+            "augmentation.vectors": ("contextual", "static"),
+            "ctr.backbone": ("din", "dnn"),
+            "ctr.activation": ("prelu", "dice"),
+            "training.sharding": ("pmap", "shard_map", "single"),
+            "evaluation.methods": METHODS,
+            "export.method": METHODS,
+        },
+        at_least_one=(
+            "alignment.blocks", "alignment.targets", "alignment.history", "alignment.stein_items", "retrieval.donors",
+            "retrieval.history", "ctr.cap", "ctr.batch_size", "ctr.epochs", "ctr.evaluations_per_epoch", "ctr.patience",
+            "training.log_steps", "evaluation.bootstrap",
+        ),
+    )  # fmt: skip
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise ValueError(f"config.seeds expects at least one seed, each once, got {tuple(config.seeds)}")
+    mars.check_theta(config.augmentation.theta, config.augmentation.theta_quantile)
+
+
 def read(config: ConfigDict) -> Dataset:
     """Reads, checks and numbers the data."""
-    data = config.data
-    sources = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}
-    if data.source not in sources:
-        raise ValueError(f"data.source: expected one of {sorted(sources)}, found {data.source!r}")
-    return sources[data.source](data)
+    return SOURCES[config.data.source](config.data)
 
 
 def split(config: ConfigDict, dataset: Dataset) -> Rows:
@@ -214,6 +264,7 @@ def split(config: ConfigDict, dataset: Dataset) -> Rows:
 
 def load(config: ConfigDict) -> Loaded:
     """Data ready for learning; tells every problem, and refuses splits that nothing can be learnt or judged on."""
+    check(config)
     dataset = read(config)
     for problem in dataset.problems:
         log.warning(
@@ -230,10 +281,11 @@ def load(config: ConfigDict) -> Loaded:
     return Loaded(dataset, rows, fingerprint(dataset.fingerprint, to_json(config.split)))
 
 
-def align_stage(config: ConfigDict, loaded: Loaded, workdir: pathlib.Path, seed: int) -> Space:
+def align_stage(context: Context) -> Space:
     """Trains the encoder with the joint loss, Eq. 14."""
+    config, loaded, stages, seed = context
     cfg = config.alignment
-    tables = feature_tables(loaded.dataset, tuple(cfg.modalities))
+    tables = jax.device_put(alignment.feature_tables(loaded.dataset.items, tuple(cfg.modalities)))
     encoder = alignment.MultimodalEncoder(
         n_items=len(loaded.dataset.items.raw_id_N),
         modalities=tuple(cfg.modalities),
@@ -243,11 +295,9 @@ def align_stage(config: ConfigDict, loaded: Loaded, workdir: pathlib.Path, seed:
         normalise=cfg.normalise,
         residual=cfg.residual,
     )
-    signs = {"dispersive": 1.0, "printed": -1.0}
-    if cfg.entropy_sign not in signs:
-        raise ValueError(f"alignment.entropy_sign: expected one of {sorted(signs)}, found {cfg.entropy_sign!r}")
     settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
-    weights = alignment.AlignmentLoss(cfg.beta, cfg.lambda_, signs[cfg.entropy_sign], cfg.eta, cfg.estimator)
+    sign = ENTROPY_SIGNS[cfg.entropy_sign]
+    weights = alignment.AlignmentLoss(cfg.beta, cfg.lambda_, sign, cfg.eta, cfg.estimator)
     make_source = functools.partial(
         batches.alignment_source,
         loaded.dataset.log,
@@ -289,54 +339,61 @@ def align_stage(config: ConfigDict, loaded: Loaded, workdir: pathlib.Path, seed:
         files.write_json(folder / "diagnostics.json", fitted.evaluations)
         loop.forget(folder)
 
-    folder, seconds = stage(workdir, f"alignment-seed{seed}", key, build)
-    return Space(encoder, checkpoint.load_params(folder / "params", template), tables, key, seconds)
+    folder = stages(f"alignment-seed{seed}", key, build)
+    return Space(encoder, jax.device_put(checkpoint.load_params(folder / "params", template)), tables, key)
 
 
-def embed_stage(config: ConfigDict, loaded: Loaded, space: Space, workdir: pathlib.Path, seed: int) -> pathlib.Path:
-    """Item and user tables, Eq. 13."""
-    histories = loaded.rows.histories
+def embed_stage(context: Context, space: Space) -> tuple[Embeddings, pathlib.Path]:
+    """Item and user tables, Eq. 13, and the folder that holds them in embeddings.npz, with their ids."""
+    config, loaded, stages, seed = context
+    histories, n_users = loaded.rows.histories, len(loaded.rows.group_U)
     key = fingerprint("embeddings", space.fingerprint, config.retrieval.history)
 
     def build(folder: pathlib.Path) -> None:
-        n_users = len(loaded.rows.group_U)
         with progress("user vectors", n_users) as advance:
             user_UD = embeddings.user_vectors(
-                *space[:3], histories, np.arange(n_users), histories.train_end_U, cap=config.retrieval.history,
-                advance=advance,
+                space.encoder, space.params, space.tables, histories, np.arange(n_users), histories.train_end_U,
+                cap=config.retrieval.history, advance=advance,
             )  # fmt: skip
-        item_ND = embeddings.item_vectors(*space[:3], n_items=space.encoder.n_items)
-        files.write_arrays(folder / "embeddings.npz", user_UD=user_UD, item_ND=item_ND)
+        item_ND = embeddings.item_vectors(space.encoder, space.params, space.tables, n_items=space.encoder.n_items)
+        ids = {"raw_user_U": loaded.dataset.log.raw_user_U, "raw_item_N": loaded.dataset.items.raw_id_N}
+        files.write_arrays(folder / "embeddings.npz", user_UD=user_UD, item_ND=item_ND, **ids)
 
-    return stage(workdir, f"embeddings-seed{seed}", key, build).folder
+    folder = stages(f"embeddings-seed{seed}", key, build)
+    with np.load(folder / "embeddings.npz") as arrays:
+        return Embeddings(arrays["item_ND"], arrays["user_UD"]), folder
 
 
-def augment_stage(config: ConfigDict, loaded: Loaded, space: Space, workdir: pathlib.Path, seed: int) -> Donation:
+def augment_stage(context: Context, space: Space, vectors: Embeddings) -> Donation:
     """Looks up a donor for every query (Eq. 15) and keeps the relevant part of its history (Eqs. 16-18)."""
-    rows, log_ = loaded.rows, loaded.dataset.log
-    histories = rows.histories
-    queries = make_queries(rows, prefix_stride=config.retrieval.prefix_stride)
-    donors = find_donors(rows, cap=config.retrieval.history)
+    config, loaded, stages, seed = context
+    histories, cap = loaded.rows.histories, config.retrieval.history
+    queries = make_queries(loaded.rows, prefix_stride=config.retrieval.prefix_stride)
+    donors = find_donors(loaded.rows, cap=cap)
+    # What is blanked for a row is decided later, so it is no part of this stage.
     cfg = {
         name: value for name, value in to_json(config.augmentation).items() if name not in ("time_safe", "drop_target")
     }
     key = fingerprint("augmentation", space.fingerprint, to_json(config.retrieval), cfg)
 
     def build(folder: pathlib.Path) -> None:
-        tables_UN = np.load(embed_stage(config, loaded, space, workdir, seed) / "embeddings.npz")
-        donor_PD = tables_UN["user_UD"][donors.user_P]
+        encode = space.encoder, space.params, space.tables
+        donor_PD = vectors.user_UD[donors.user_P]
+        centre_D = centre_of(config, donor_PD)
         with progress("query vectors", len(queries.user_Q)) as advance:
             query_QD = embeddings.user_vectors(
-                *space[:3], histories, queries.user_Q, queries.end_Q, cap=config.retrieval.history, advance=advance
+                *encode, histories, queries.user_Q, queries.end_Q, cap=cap, advance=advance
             )
-        centre_D = centre_of(config, donor_PD)
-        neighbours, recall = find_neighbours(config, query_QD - centre_D, donor_PD - centre_D, donors, folder)
+        neighbours, recall = retrieval.nearest(
+            query_QD - centre_D, donor_PD - centre_D, donors.user_P,
+            k=min(config.retrieval.donors, len(donors.user_P)), backend=config.retrieval.backend,
+        )  # fmt: skip
         with progress("borrowing", len(queries.user_Q)) as advance:
             candidates = mars.borrow(
                 donors,
                 neighbours,
                 query_QD,
-                donor_vectors(config, space, donors, tables_UN["item_ND"]),
+                embeddings.donor_vectors(config.augmentation.vectors, *encode, donors.item_PL, vectors.item_ND),
                 strategy=config.augmentation.strategy,
                 theta=config.augmentation.theta,
                 theta_quantile=config.augmentation.theta_quantile,
@@ -344,25 +401,27 @@ def augment_stage(config: ConfigDict, loaded: Loaded, space: Space, workdir: pat
                 advance=advance,
             )
         files.write_arrays(folder / "candidates.npz", **candidates._asdict())
-        files.write_json(
-            folder / "statistics.json", table.statistics(candidates, queries, rows, log_) | {"recall": recall}
-        )
+        statistics = table.statistics(candidates, queries, loaded.rows, loaded.dataset.log) | {"recall": recall}
+        files.write_json(folder / "statistics.json", statistics)
 
-    folder, seconds = stage(workdir, f"augmentation-seed{seed}", key, build)
-    borrowed = mars.kept_items(table.read_candidates(folder / "candidates.npz"))
-    return Donation(queries, donors, borrowed, folder, key, seconds)
+    folder = stages(f"augmentation-seed{seed}", key, build)
+    return Donation(
+        queries, donors, mars.kept_items(table.read_candidates(folder / "candidates.npz")), folder, key
+    )  # fmt: skip
 
 
-def train_stage(
-    config: ConfigDict, loaded: Loaded, donation: Donation, workdir: pathlib.Path, seed: int, method: str
-) -> Trained:
+def train_stage(context: Context, donation: Donation, method: str) -> Trained:
     """Trains the CTR model on histories augmented by `method` and scores the test rows."""
-    cfg, log_, rows = config.ctr, loaded.dataset.log, loaded.rows
-    augmentation, source_key = choose_augmentation(config, loaded, donation, seed, method)
+    config, loaded, stages, seed = context
+    cfg, events, rows = config.ctr, loaded.dataset.log, loaded.rows
+    augmentation = choose_augmentation(context, donation, method)
     model = make_backbone(to_json(cfg), **counts(loaded))
     settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
     tables = ItemTables(loaded.dataset.items.category_NG)
-    key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, source_key)
+    lends = "base" if augmentation is None else [
+        method, donation.fingerprint, augmentation.time_safe, augmentation.drop_target
+    ]  # fmt: skip
+    key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, lends)
     gather: dict[str, Any] = {
         "size": cfg.batch_size,
         "cap": cfg.cap,
@@ -374,17 +433,17 @@ def train_stage(
 
     def build(folder: pathlib.Path) -> None:
         train_E, valid_E = np.flatnonzero(rows.split_E == TRAIN), np.flatnonzero(rows.split_E == VALID)
-        source, per_epoch = batches.ctr_source(log_, rows, train_E, epochs=cfg.epochs, seed=seed, **gather)
+        source, per_epoch = batches.ctr_source(events, rows, train_E, epochs=cfg.epochs, seed=seed, **gather)
 
         def score(params: PyTree, statistics: PyTree, row_R: np.ndarray) -> np.ndarray:
-            evaluation = batches.evaluation_batches(log_, rows, row_R, **gather)
+            evaluation = batches.evaluation_batches(events, rows, row_R, **gather)
             score_R = np.empty(len(row_R), np.float32)
             score_R[evaluation.order_R] = objective.score(model, params, statistics, tables, evaluation.batches())
             return score_R
 
         def evaluate(params: PyTree, statistics: PyTree) -> dict[str, float]:
             score_R = score(params, statistics, valid_E)
-            label_R = log_.label_E[valid_E]
+            label_R = events.label_E[valid_E]
             return {"valid_auc": metrics.auc(label_R, score_R), "valid_logloss": metrics.logloss(label_R, score_R)}
 
         fitted = loop.fit(
@@ -411,35 +470,35 @@ def train_stage(
         files.write_arrays(folder / "test.npz", score=score(fitted.params, fitted.statistics, test_E))
         loop.forget(folder)
 
-    folder, seconds = stage(workdir, f"{method}-seed{seed}", key, build)
-    score_B, user_B = np.load(folder / "test.npz")["score"], rows.user_E[test_E]
-    predictions = Predictions(user_B, log_.item_E[test_E], log_.label_E[test_E], score_B, rows.group_U[user_B])
-    return Trained(predictions, **checkpoint.load_params(folder / "params", template), seconds_before=seconds)
+    folder = stages(f"{method}-seed{seed}", key, build)
+    score_E, lent_E = np.zeros(len(rows.user_E), np.float32), np.zeros(len(rows.user_E), np.int64)
+    score_E[test_E] = np.load(folder / "test.npz")["score"]
+    lent_E[test_E] = batches.lent_items(events, rows, test_E, **gather)
+    trained = checkpoint.load_params(folder / "params", template)
+    return Trained(predictions_of(loaded, score_E, lent_E), trained["params"], trained["statistics"])
 
 
-def write_report(
-    config: ConfigDict, loaded: Loaded, results: dict[str, list[Predictions]], workdir: pathlib.Path, *, seconds: float
-) -> None:
+def write_report(context: Context, results: dict[str, list[Predictions]], *, command: str, seconds: float) -> None:
     """Tables of all methods, printed and written as JSON and Markdown."""
+    config, loaded, stages, _ = context
+    tests = {"n_resamples": config.evaluation.bootstrap, "seed": 0}
     rows = report.quality_rows(
-        results,
-        dataset=loaded.dataset.name,
-        inputs=config.evaluation.inputs,
-        split=config.split.kind,
-        n_resamples=config.evaluation.bootstrap,
-        seed=0,
+        results, dataset=loaded.dataset.name, inputs=config.evaluation.inputs, split=config.split.kind, **tests
     )
+    compared = report.comparisons(results, **tests)
     report.write_results(
-        workdir / "results.json",
-        command="marsjax " + shlex.join(sys.argv[1:]),
-        commit=report.current_commit(pathlib.Path(__file__).parent),
-        machine=report.machine_description(),
+        stages.workdir / "results.json",
+        command=command,
+        commit=", ".join(sorted(stages.commits | {current_commit()})),
+        machine=machine_description(),
         wall_seconds=seconds,
         rows=rows,
+        comparisons=compared,
+        config=to_json(config),
     )
-    files.write_bytes(workdir / "results.md", report.as_markdown(rows).encode())
-    say(report.as_table(rows))
-    say(f"results: {workdir}/results.json, {workdir}/results.md")
+    files.write_bytes(stages.workdir / "results.md", report.as_markdown(rows, compared).encode())
+    say(report.as_table(rows, compared))
+    say(f"results: {stages.workdir}/results.json, {stages.workdir}/results.md")
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -488,37 +547,8 @@ def _tabular(data: ConfigDict) -> Dataset:
     )
 
 
-def feature_tables(dataset: Dataset, modalities: tuple[str, ...]) -> alignment.FeatureTables:
-    """Raw features, moved and scaled by modality so that encoders of any scale train alike; absent rows stay zero."""
-    features, present = {}, {}
-    for name in modalities:
-        if name not in dataset.items.modalities:
-            raise ValueError(
-                f"alignment.modalities: expected modalities of the data, {sorted(dataset.items.modalities)}, found "
-                f"{name!r}; set --config.alignment.modalities, or give --config.data.{name}_features"
-            )
-        feature_NF, present_N = dataset.items.modalities[name]
-        if not present_N.any():
-            raise ValueError(f"modality {name!r}: expected features of at least one item, found none")
-        moved_NF = (feature_NF - feature_NF[present_N].mean(axis=0)) * present_N[:, None]
-        features[name] = (moved_NF / max(float(moved_NF[present_N].std()), 1e-12)).astype(np.float32)
-        present[name] = present_N
-    return alignment.FeatureTables(features, present)
-
-
-def find_donors(rows: Rows, *, cap: int) -> mars.Donors:
-    """The high-active users and the last `cap` items of their training histories."""
-    histories = rows.histories
-    user_P = np.flatnonzero((rows.group_U == HIGH) & (histories.train_end_U > histories.start_U1[:-1]))
-    if not len(user_P):
-        raise ValueError("expected high-active users with a training history, found none; see split.high_fraction")
-    end_P = histories.train_end_U[user_P]
-    times = histories._replace(item_H=histories.time_H)
-    return mars.Donors(
-        user_P.astype(np.int32),
-        gather_histories(histories, user_P, end_P, cap=cap),
-        gather_histories(times, user_P, end_P, cap=cap).astype(np.int64),
-    )
+SOURCES = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}
+ENTROPY_SIGNS = {"dispersive": 1.0, "printed": -1.0}
 
 
 def centre_of(config: ConfigDict, donor_PD: np.ndarray) -> np.ndarray:
@@ -526,56 +556,32 @@ def centre_of(config: ConfigDict, donor_PD: np.ndarray) -> np.ndarray:
     return donor_PD.mean(axis=0) if config.retrieval.centre else np.zeros(donor_PD.shape[1], np.float32)
 
 
-def find_neighbours(
-    config: ConfigDict, query_QD: np.ndarray, donor_PD: np.ndarray, donors: mars.Donors, folder: pathlib.Path
-):
-    """Eq. 15 by the chosen backend, with its recall against the exact search."""
-    k = min(config.retrieval.donors, len(donors.user_P))
-    exact = retrieval.exact_search(query_QD, donor_PD, donors.user_P, k=k)
-    if config.retrieval.backend == "exact":
-        return exact, 1.0
-    if config.retrieval.backend != "usearch":
-        raise ValueError(f"retrieval.backend: expected usearch or exact, found {config.retrieval.backend!r}")
-    index = retrieval.build_index(donor_PD, donors.user_P)
-    retrieval.save_index(index, folder / "index")
-    neighbours = retrieval.search(index, query_QD, k=k)
-    recall = retrieval.recall(neighbours, exact)
-    log.info("retrieval: recall@%d of the index against the exact search is %.4f", k, recall)
-    return neighbours, recall
+def predictions_of(loaded: Loaded, score_E: np.ndarray, lent_E: np.ndarray | None = None) -> Predictions:
+    """Scores of all events (and how many items each was lent), cut to the test rows."""
+    events, rows = loaded.dataset.log, loaded.rows
+    test_E = np.flatnonzero(rows.split_E == TEST)
+    user_B = rows.user_E[test_E]
+    return Predictions(
+        user_B=user_B,
+        item_B=events.item_E[test_E],
+        label_B=events.label_E[test_E],
+        score_B=score_E[test_E],
+        group_B=rows.group_U[user_B],
+        lent_B=None if lent_E is None else lent_E[test_E],
+    )
 
 
-def donor_vectors(config: ConfigDict, space: Space, donors: mars.Donors, item_ND: np.ndarray):
-    """Item vectors of donors for Eq. 16: in the context of the donor's own history, or static."""
-    kind = config.augmentation.vectors
-    if kind == "static":
-        return lambda position_X: item_ND[donors.item_PL[position_X]]
-    if kind != "contextual":
-        raise ValueError(f"augmentation.vectors: expected contextual or static, found {kind!r}")
-    with progress("donor item vectors", len(donors.user_P)) as advance:
-        vector_PLD = embeddings.contextual_vectors(*space[:3], donors.item_PL, advance=advance)
-    return lambda position_X: vector_PLD[position_X]
-
-
-def choose_augmentation(
-    config: ConfigDict, loaded: Loaded, donation: Donation, seed: int, method: str
-) -> tuple[Augmentation | None, Any]:
-    """What `method` lends, and what identifies it in fingerprints. Controls lend as many items as MARS does."""
-    budget_Q = np.diff(donation.borrowed.start_Q1)
+def choose_augmentation(context: Context, donation: Donation, method: str) -> Augmentation | None:
+    """What `method` lends."""
+    config, loaded, _, seed = context
     n_items = len(loaded.dataset.items.raw_id_N)
-    methods = {
-        "base": lambda: None,
-        "mars": lambda: donation.borrowed,
-        "random_donor": lambda: controls.random_donor(donation.donors, budget_Q, seed=seed),
-        "popular_items": lambda: controls.popular_items(donation.donors, budget_Q, n_items=n_items),
-    }
-    if method not in methods:
-        raise ValueError(f"evaluation.methods: expected some of {sorted(methods)}, found {method!r}")
-    borrowed = methods[method]()
-    if borrowed is None:
-        return None, "base"
-    cfg = config.augmentation
-    augmentation = Augmentation(donation.queries, borrowed, time_safe=cfg.time_safe, drop_target=cfg.drop_target)
-    return augmentation, [method, donation.fingerprint, cfg.time_safe, cfg.drop_target]
+    offer = Offer(donation.queries, donation.donors, donation.borrowed, n_items, seed)
+    augmentation, cfg = METHODS[method](offer), config.augmentation
+    if augmentation is None:
+        return None
+    return augmentation._replace(
+        time_safe=augmentation.time_safe or cfg.time_safe, drop_target=augmentation.drop_target or cfg.drop_target
+    )
 
 
 def counts(loaded: Loaded) -> dict[str, int]:
@@ -586,31 +592,3 @@ def counts(loaded: Loaded) -> dict[str, int]:
         "n_categories": len(items.category_names),
         "n_users": len(loaded.dataset.log.raw_user_U),
     }
-
-
-def bundle_users(
-    config: ConfigDict, loaded: Loaded, donation: Donation, seed: int, method: str, user_UD: np.ndarray
-) -> serving.Users:
-    """Users with their latest histories and what they borrow through their whole training history."""
-    histories, n_users = loaded.rows.histories, len(loaded.rows.group_U)
-    augmentation, _ = choose_augmentation(config, loaded, donation, seed, method)
-    count_U, slot_S = np.zeros(n_users, np.int64), np.zeros(0, np.int64)
-    items, times = np.zeros(0, np.int32), np.zeros(0, np.int64)
-    if augmentation is not None:
-        user_Q, start_Q1 = augmentation.queries.user_Q, augmentation.borrowed.start_Q1
-        # Queries are sorted by user and end: the last of a user is the one with the whole training history.
-        last_Q = np.flatnonzero(np.append(user_Q[1:] != user_Q[:-1], True)) if len(user_Q) else np.zeros(0, np.int64)
-        length_X = np.diff(start_Q1)[last_Q]
-        count_U[user_Q[last_Q]] = length_X
-        slot_S = np.repeat(start_Q1[last_Q] - (np.cumsum(length_X) - length_X), length_X) + np.arange(length_X.sum())
-        items, times = augmentation.borrowed.item_S[slot_S], augmentation.borrowed.time_S[slot_S]
-    return serving.Users(
-        raw_user_U=loaded.dataset.log.raw_user_U,
-        group_U=loaded.rows.group_U,
-        user_UD=user_UD,
-        start_U1=histories.start_U1,
-        item_H=histories.item_H,
-        borrowed_U1=np.concatenate([[0], np.cumsum(count_U)]),
-        borrowed_item_S=items,
-        borrowed_time_S=times,
-    )

@@ -4,6 +4,7 @@ Axis letters, used as suffixes of local arrays (``history_BL``) and in the comme
 
     B batch rows      L history positions   K neighbours   N items, row 0 is padding   U users
     D embedding width M modalities          F raw features E events                    G categories of an item
+    P possible donors
     Q retrieval queries                     S slots of borrowed items                  C candidates
 
 Items are numbered 1..N-1 and 0 is padding everywhere. Users are numbered 0..U-1 and -1 is "no user".
@@ -20,8 +21,8 @@ import numpy as np
 Array = Any  # NumPy on the host, jax.Array inside a compiled function
 
 TRAIN, VALID, TEST = 0, 1, 2  # values of Rows.split_E
-LOW, MIDDLE, HIGH = 0, 1, 2  # values of activity groups
-GROUP_NAMES = ("low", "middle", "high")
+LOW, MIDDLE, HIGH, NEW = 0, 1, 2, 3  # values of activity groups; NEW users have no training events
+GROUP_NAMES = ("low", "middle", "high", "new")
 
 
 class Problem(NamedTuple):
@@ -29,7 +30,11 @@ class Problem(NamedTuple):
 
     kind: str  # short slug: "unknown_item", "duplicate_event", "nan_feature", ...
     occurrences: int  # how many rows, items or files have it
-    action: str  # "dropped", "masked", "reordered", "kept"
+    # What strict reading refuses: "dropped" (left out), "masked" (a feature that counts as absent), "reordered" (moved
+    # to its place), "noted" (nothing was done, but the files should be looked at). What it accepts: "kept" (used as it
+    # is, nothing is wrong with it), "filtered" (left out because an option says so), "ignored" (belongs to nothing
+    # that is used).
+    action: str
     where: tuple[str, ...]  # the first few places, e.g. "ratings.dat:17"
 
 
@@ -56,7 +61,7 @@ class Log(NamedTuple):
     start_U1: np.ndarray  # [U + 1] int64; events of user u are start_U1[u]:start_U1[u + 1]
     item_E: np.ndarray  # [E] int32 in 1..N-1
     label_E: np.ndarray  # [E] float32, 0 or 1
-    time_E: np.ndarray  # [E] int64, seconds or any monotone clock
+    time_E: np.ndarray  # [E] int64, seconds, microseconds or any monotone clock
     raw_user_U: np.ndarray  # [U] str, the ids of the source
 
 
@@ -88,7 +93,7 @@ class Rows(NamedTuple):
     user_E: np.ndarray  # [E] int32
     split_E: np.ndarray  # [E] int8: TRAIN, VALID or TEST; -1 is not used
     histories: Histories
-    group_U: np.ndarray  # [U] int8: LOW, MIDDLE or HIGH, by length of the training history
+    group_U: np.ndarray  # [U] int8: LOW, MIDDLE, HIGH or NEW, by the number of training events
     train_length_U: np.ndarray  # [U] int64
 
 
@@ -125,6 +130,14 @@ class Borrowed(NamedTuple):
     similarity_S: np.ndarray  # [S] float32, cosine of item and query user, Eq. 16
 
 
+class Donors(NamedTuple):
+    """Training histories of the possible donors (the high-active users)."""
+
+    user_P: np.ndarray  # [P] int32, ascending
+    item_PL: np.ndarray  # [P, L] int32, time order, 0 is padding
+    time_PL: np.ndarray  # [P, L] int64
+
+
 class Augmentation(NamedTuple):
     """Who borrows what, and which borrowed entries are blanked for a row."""
 
@@ -142,6 +155,7 @@ class Predictions(NamedTuple):
     label_B: np.ndarray  # [B] float32
     score_B: np.ndarray  # [B] float32, probability
     group_B: np.ndarray  # [B] int8, activity group of the row's user
+    lent_B: np.ndarray | None = None  # [B] int64, borrowed items in the row's history; None: none
 
 
 class CtrBatch(NamedTuple):

@@ -107,7 +107,7 @@ def search(
         return _nothing(len(unit_BD), k)
     wanted = min(k + (exclude_B is not None), count)
     index.graph.expansion_search = max(expansion_search, wanted)  # type: ignore[misc]  # it has a setter
-    found = index.graph.search(unit_BD, wanted, threads=1)
+    found = index.graph.search(unit_BD, wanted, threads=0)  # all cores: only building depends on their number
     # A batch of one comes back without its axis; unfilled slots hold key 0, and only the counts tell.
     slot_BK = np.asarray(found.keys).reshape(len(unit_BD), wanted).astype(np.int64)
     filled_B = np.asarray(getattr(found, "counts", [len(found)])).reshape(-1)
@@ -117,6 +117,23 @@ def search(
     if exclude_B is not None:
         valid_BK &= index.user_P[slot_BK] != exclude_B[:, None]
     return _answer(slot_BK, valid_BK, index.unit_PD, index.user_P, unit_BD, k)
+
+
+def nearest(
+    query_BD: np.ndarray, base_PD: np.ndarray, user_P: np.ndarray, *, k: int, backend: str, sample: int = 1000
+) -> tuple[Neighbours, float]:
+    """Eq. 15 by a backend, "usearch" or "exact", and its recall against the exact search of `sample` queries.
+
+    Raises ValueError for another backend.
+    """
+    if backend == "exact":
+        return exact_search(query_BD, base_PD, user_P, k=k), 1.0
+    if backend != "usearch":
+        raise ValueError(f"retrieval.backend: expected usearch or exact, found {backend!r}")
+    found = search(build_index(base_PD, user_P), query_BD, k=k)
+    asked = np.random.default_rng(0).permutation(len(query_BD))[:sample]
+    exact = exact_search(query_BD[asked], base_PD, user_P, k=k)
+    return found, recall(Neighbours(*(value[asked] for value in found)), exact)
 
 
 def recall(found: Neighbours, exact: Neighbours) -> float:

@@ -2,47 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import pathlib
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 from marsjax import files
+from marsjax.provenance import current_commit
 
 log = logging.getLogger(__name__)
 
 
-class Finished(NamedTuple):
-    """A finished stage."""
+class Stages:
+    """The stages of a working folder.
 
-    folder: pathlib.Path
-    seconds_before: float  # what an earlier run spent on it; 0 where this one built it
-
-
-def stage(workdir: pathlib.Path, name: str, fingerprint: str, build: Callable[[pathlib.Path], None]) -> Finished:
-    """A finished stage, built if it is not there.
-
-    `fingerprint` covers the configuration and the data that the stage reads: another one is another folder, so nothing
-    is overwritten. A stage that was interrupted is built again into the same folder, where `build` may find
-    checkpoints to continue from. A finished stage whose files no longer match their sums is built again.
+    Attributes:
+        seconds_before: what earlier runs spent on the stages that this one skipped, each from its last start on.
+        commits: the commits of the code that built the stages used here.
     """
-    folder = workdir / "stages" / f"{name}-{fingerprint[:12]}"
-    seal = folder / "done.json"
-    if seal.exists():
-        damaged = _damaged(folder)
-        if not damaged:
-            log.info("%s: already done, skipped (%s)", name, folder)
-            return Finished(folder, files.read_json(seal)["seconds"])
-        log.warning("%s: %s does not match its sum in %s; building the stage again", name, damaged, seal)
-        seal.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    build(folder)
-    sums = {path.relative_to(folder).as_posix(): files.sha256_file(path) for path in _results(folder)}
-    files.write_json(seal, {"fingerprint": fingerprint, "seconds": time.monotonic() - began, "sha256": sums})
-    log.info("%s: done in %.1f s (%s)", name, time.monotonic() - began, folder)
-    return Finished(folder, 0.0)
+
+    def __init__(self, workdir: pathlib.Path):
+        self.workdir = pathlib.Path(workdir)
+        self.seconds_before = 0.0
+        self.commits: set[str] = set()
+
+    def __call__(self, name: str, fingerprint: str, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
+        """The folder of a finished stage, built if it is not there.
+
+        `fingerprint` covers the configuration and the data that the stage reads, not the code: another one is another
+        folder, so nothing is overwritten. A stage that was interrupted is built again into the same folder, where
+        `build` may find checkpoints to continue from. A finished stage whose files no longer match their sums is built
+        again.
+
+        Raises:
+            ValueError: another process is building the stage.
+        """
+        folder = self.workdir / "stages" / f"{name}-{fingerprint[:12]}"
+        seal = folder / "done.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if seal.exists():
+                damaged = _damaged(folder)
+                if not damaged:
+                    done = files.read_json(seal)
+                    self.seconds_before += done["seconds"]
+                    self.commits.add(done["commit"])
+                    log.info("%s: already done, skipped (%s)", name, folder)
+                    return folder
+                log.warning("%s: %s does not match its sum in %s; building the stage again", name, damaged, seal)
+                seal.unlink()
+            began = time.monotonic()
+            build(folder)
+            sums = {path.relative_to(folder).as_posix(): files.sha256_file(path) for path in _results(folder)}
+            done = {
+                "fingerprint": fingerprint,
+                "commit": current_commit(),
+                "seconds": time.monotonic() - began,
+                "sha256": sums,
+            }
+            files.write_json(seal, done)
+        self.commits.add(done["commit"])
+        log.info("%s: done in %.1f s (%s)", name, done["seconds"], folder)
+        return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a stage; it goes with the process, however that ends."""
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder}: expected to be alone, found another process building this stage; wait for it, or use "
+                "another --workdir"
+            ) from error
+        yield
 
 
 def _results(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -52,8 +89,9 @@ def _results(folder: pathlib.Path) -> list[pathlib.Path]:
 def _damaged(folder: pathlib.Path) -> str | None:
     """The first file that is missing or changed, if any."""
     try:
-        sums = files.read_json(folder / "done.json")["sha256"]
-    except (ValueError, KeyError):
+        done = files.read_json(folder / "done.json")
+        sums, _, _ = done["sha256"], done["seconds"], done["commit"]
+    except (ValueError, KeyError, TypeError):
         return "done.json"
     for name, expected in sums.items():
         path = folder / name

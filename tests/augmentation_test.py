@@ -8,7 +8,7 @@ import pytest
 from marsjax.augmentation import controls, mars
 from marsjax.augmentation.queries import make_queries
 from marsjax.data.splits import make_rows
-from marsjax.records import LOW, TEST, TRAIN, VALID, Neighbours
+from marsjax.records import LOW, TEST, TRAIN, VALID, Donors, Neighbours
 from tests.data_batches_test import small_log
 
 P, L, D, Q, K = 6, 8, 5, 4, 3
@@ -19,7 +19,7 @@ def case():
     rng = np.random.default_rng(0)
     item_PL = rng.integers(1, 15, (P, L)).astype(np.int32)
     item_PL[2, 5:] = 0
-    donors = mars.Donors(np.arange(10, 10 + P, dtype=np.int32), item_PL, rng.integers(0, 99, (P, L)))
+    donors = Donors(np.arange(10, 10 + P, dtype=np.int32), item_PL, rng.integers(0, 99, (P, L)))
     user_QK = np.stack([rng.permutation(P)[:K] for _ in range(Q)]) + 10
     valid_QK = np.ones((Q, K), bool)
     valid_QK[3, 1:] = False
@@ -151,6 +151,15 @@ def test_bad_options_are_refused(case, options, message):
         run(case, **options)
 
 
+@pytest.mark.parametrize("strategy", mars.STRATEGIES)
+def test_nobody_asks_and_nothing_is_lent(case, strategy):
+    donors, neighbours, query_QD, vector_PLD = case
+    nobody = Neighbours(*(value[:0] for value in neighbours))
+    found = run((donors, nobody, query_QD[:0], vector_PLD), strategy, theta_quantile=0.5)
+    assert len(found.item_QS) == len(found.time_QS) == 0
+    np.testing.assert_array_equal(mars.kept_items(found).start_Q1, [0])
+
+
 def test_csr_holds_the_kept_items_in_order(case):
     found = run(case, "kth_similar", theta_quantile=0.0)
     borrowed = mars.kept_items(found)
@@ -209,22 +218,41 @@ def test_no_low_active_user_borrows_nothing():
 # --- controls
 
 
-def test_random_donor_lends_a_subset_in_order_within_budget(case):
+def test_random_donor_lends_the_budget_of_distinct_items(case):
+    """From one donor where it holds enough, in its order; else from further donors, the first one last."""
     donors = case[0]
+    distinct = {donor: len(set(row[row > 0])) for donor, row in zip(donors.user_P, donors.item_PL, strict=True)}
+    everything = len(set(donors.item_PL[donors.item_PL > 0]))
     budget_Q = np.array([0, 3, 8, 20, 5] * 20)
     borrowed = controls.random_donor(donors, budget_Q, seed=0)
-    count_Q = np.diff(borrowed.start_Q1)
-    chosen = []
+    np.testing.assert_array_equal(np.diff(borrowed.start_Q1), np.minimum(budget_Q, everything))
+    chosen = set()
     for q, budget in enumerate(budget_Q):
         part = slice(borrowed.start_Q1[q], borrowed.start_Q1[q + 1])
-        if count_Q[q]:
-            (donor,) = set(borrowed.donor_S[part])
-            chosen.append(donor)
-            row = donors.item_PL[donor - 10]
-            assert count_Q[q] == min(budget, (row > 0).sum())
-            pairs = iter(row[row > 0])
-            assert all(item in pairs for item in borrowed.item_S[part])  # a subsequence
-    assert set(chosen) == set(donors.user_P)
+        items, lenders = borrowed.item_S[part], borrowed.donor_S[part]
+        assert len(set(items)) == len(items)
+        groups = [(donor, list(items[lenders == donor])) for donor in dict.fromkeys(lenders)]
+        assert [donor for donor, _ in groups] == [donor for donor, _ in itertools.groupby(lenders)]
+        for donor, lent in groups:
+            row = iter(donors.item_PL[donor - 10])
+            assert all(item in row for item in lent)  # a subsequence
+        if budget:
+            assert len(groups[-1][1]) == min(budget, distinct[groups[-1][0]])
+            chosen.add(groups[-1][0])
+    assert chosen == set(donors.user_P)
+    again = controls.random_donor(donors, budget_Q, seed=0)
+    np.testing.assert_array_equal(again.item_S, borrowed.item_S)
+
+
+def test_random_donor_copies_time_with_the_item(case):
+    donors = case[0]
+    borrowed = controls.random_donor(donors, np.full(50, 6), seed=3)
+    known = {
+        (donor, item, time)
+        for donor, items, times in zip(donors.user_P, donors.item_PL, donors.time_PL, strict=True)
+        for item, time in zip(items, times, strict=True)
+    }
+    assert set(zip(borrowed.donor_S, borrowed.item_S, borrowed.time_S, strict=True)) <= known
 
 
 def test_popular_items_are_the_most_held_within_budget(case):

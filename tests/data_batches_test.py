@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from marsjax.data import batches
+from marsjax.data.histories import gather_histories
 from marsjax.data.splits import make_rows
 from marsjax.records import TRAIN, Augmentation, Borrowed, Log, Queries
 
@@ -190,6 +191,21 @@ def test_alignment_targets_are_later_than_their_history_and_complete():
     position_E = np.arange(len(log.item_E)) - log.start_U1[rows.user_E]
     wanted = np.flatnonzero((rows.split_E == TRAIN) & (position_E > 0)) + 1
     assert sorted(seen) == list(wanted)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_gathered_histories_keep_the_type_of_what_is_gathered(empty):
+    """Milliseconds of our century do not fit int32."""
+    log = small_log()
+    log = log._replace(time_E=log.time_E + 1_700_000_000_000, label_E=log.label_E * (not empty))
+    histories = make_rows(log, split="leave_one_out", history="positives" if empty else "all").histories
+    user_Q, end_Q = np.arange(12), histories.train_end_U
+    times_QL = gather_histories(histories._replace(item_H=histories.time_H), user_Q, end_Q, cap=5)
+    items_QL = gather_histories(histories, user_Q, end_Q, cap=5)
+    assert (items_QL.dtype, times_QL.dtype) == (np.int32, np.int64)
+    for user, time_L in enumerate(times_QL):
+        expected = histories.time_H[histories.start_U1[user] : end_Q[user]][-5:]
+        np.testing.assert_array_equal(time_L, [*expected, *[0] * (5 - len(expected))])
 
 
 def test_seeds_do_not_share_epochs():

@@ -3,20 +3,21 @@
 import numpy as np
 import pytest
 
-from marsjax.data.cleaning import RawFeatures, RawItems, build_dataset
+from marsjax.data.cleaning import Ids, RawFeatures, RawItems, build_dataset
+from marsjax.records import Problem
 
 ITEMS = RawItems(np.array(["a", "b", "c"]), np.array(["A", "B", "C"]), [("x", "y"), ("x",), ()])
 GOOD = [("u1", "a", 1, 10), ("u1", "b", 0, 20), ("u2", "c", 1, 5), ("u2", "a", 0, 6)]
 
 
-def build(rows=GOOD, items=ITEMS, features=None, **options):
+def build(rows=GOOD, items=ITEMS, features=None, time_R=None, **options):
     user, item, label, time = zip(*rows, strict=True)
     return build_dataset(
         name="test",
         user_R=np.array(user),
         item_R=np.array(item),
         label_R=np.array(label, float),
-        time_R=np.array(time, float),
+        time_R=np.array(time, float) if time_R is None else time_R,
         where=lambda row_R: [f"log:{row + 1}" for row in row_R],
         items=items,
         features=features or {},
@@ -53,7 +54,9 @@ def test_clean_data_have_no_problems():
         (("u1", "c", 2, 30), "label_not_0_or_1"),
         (("u1", "c", np.nan, 30), "label_not_0_or_1"),
         (("u1", "c", 1, np.nan), "missing_time"),
-        (("u1", "a", 0, 10), "duplicate_event"),
+        (("u1", "a", 1, 10), "duplicate_event"),
+        (("u1", "a", 0, 10), "conflicting_label"),
+        (("u1", "c", 1, 1e30), "missing_time"),
     ],
 )
 def test_bad_rows_are_dropped_counted_and_placed(row, kind):
@@ -89,6 +92,82 @@ def test_equal_times_keep_the_order_of_the_file():
 def test_same_item_at_another_time_is_kept():
     rows = [*GOOD, ("u2", "a", 1, 99)]
     assert len(raw_events(build(rows, strict=True))) == 5
+
+
+def test_repeats_are_told_apart_by_the_label_of_the_first_in_the_file():
+    rows = [("u", "a", 1, 7), ("u", "a", 0, 7), ("u", "b", 0, 7), ("u", "a", 1, 7), ("u", "a", 0, 7), ("u", "b", 0, 7)]
+    dataset = build([*rows, ("u", "b", 1, 7)])
+    assert raw_events(dataset) == [("u", "a", 1, 7), ("u", "b", 0, 7)]
+    assert problem(dataset, "conflicting_label").where == ("log:2", "log:5", "log:7")
+    assert problem(dataset, "duplicate_event").where == ("log:4", "log:6")
+    # What a threshold makes one label is no conflict.
+    dataset = build([("u", "a", 5, 7), ("u", "a", 4, 7)], label_threshold=4.0)
+    assert [p.kind for p in dataset.problems if p.action == "dropped"] == ["duplicate_event"]
+
+
+def seconds(*values):
+    return np.array(np.array(values) * 1e6, "datetime64[us]")
+
+
+@pytest.mark.parametrize("kind", ["float", "datetime"])
+def test_parts_of_seconds_order_and_tell_events_apart(kind):
+    """Cut to seconds, u's history of b would hold a, which comes later, and one of the two c would be a duplicate."""
+    rows = [("u", "a", 1, 5.75), ("u", "b", 1, 5.25), ("u", "c", 1, 6.0), ("u", "c", 1, 6.5)]
+    time_R = seconds(5.75, 5.25, 6.0, 6.5) if kind == "datetime" else None
+    dataset = build(rows, time_R=time_R)
+    assert [event[1] for event in raw_events(dataset)] == ["b", "a", "c", "c"]
+    np.testing.assert_array_equal(dataset.log.time_E, [5_250_000, 5_750_000, 6_000_000, 6_500_000])
+    assert dataset.log.time_E.dtype == np.int64
+    assert [p.kind for p in dataset.problems if p.action != "kept"] == ["unsorted_event"]
+
+
+@pytest.mark.parametrize(
+    ("time_R", "expected"),
+    [
+        (seconds(10, 20, 5, 6), [10, 20, 5, 6]),
+        (np.array([10.0, 20.0, 5.0, 6.0], np.float16), [10, 20, 5, 6]),
+        (2**60 + np.array([1, 2, 5, 6]), 2**60 + np.array([1, 2, 5, 6])),  # floats would merge these
+        (np.array([1.5, 2.0, 5.0, 4e15]), [2, 2, 5, 4 * 10**15]),  # microseconds would overflow
+    ],
+)
+def test_times_that_stay_whole(time_R, expected):
+    dataset = build(time_R=time_R)
+    np.testing.assert_array_equal(dataset.log.time_E, expected)
+    assert dataset.log.time_E.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    "missing", [np.datetime64("NaT"), np.iinfo(np.int64).min, np.nan, np.inf], ids=["NaT", "int", "nan", "inf"]
+)
+def test_missing_times_of_every_type(missing):
+    time_R = np.array([10, 20, 5, missing]) if not isinstance(missing, np.datetime64) else seconds(10, 20, 5, 0)
+    time_R[3] = missing
+    found = problem(build(time_R=time_R), "missing_time")
+    assert (found.occurrences, found.where) == (1, ("log:4",))
+
+
+def test_numbered_ids_are_the_ids():
+    """Names in any order, repeated and unused, with a missing one."""
+    rows = [*GOOD, ("", "a", 1, 1)]
+    user = Ids(np.array([3, 1, 0, 0, 2]), np.array(["u2", "u1", "", "u1", "u0"]))
+    item = Ids(np.array([0, 2, 1, 3, 0]), np.array(["a", "c", "b", "a", "", "q"]))
+    np.testing.assert_array_equal(user.strings(), [row[0] for row in rows])
+    np.testing.assert_array_equal(item.strings(), [row[1] for row in rows])
+    for items in (ITEMS, None):
+        plain = build(rows, items=items)
+        numbered = build_dataset(
+            name="test",
+            user_R=user,
+            item_R=item,
+            label_R=np.array([row[2] for row in rows]),
+            time_R=np.array([row[3] for row in rows]),
+            where=lambda row_R: [f"log:{row + 1}" for row in row_R],
+            items=items,
+            features={},
+        )
+        assert raw_events(numbered) == raw_events(plain) == GOOD
+        assert numbered.problems == plain.problems
+        assert numbered.fingerprint == plain.fingerprint
 
 
 def test_user_of_one_event_is_kept_and_noted():
@@ -133,9 +212,41 @@ def test_no_nan_feature_passes():
 
 def test_missing_and_foreign_features():
     raw = RawFeatures(np.array(["c", "zz", "a"]), np.array([[3.0], [9.0], [1.0]]), "f.npz")
-    image = build(features={"image": raw}).items.modalities["image"]
+    dataset = build(features={"image": raw}, strict=True)
+    image = dataset.items.modalities["image"]
     np.testing.assert_array_equal(image.feature_NF[:, 0], [0, 1, 0, 3])
     np.testing.assert_array_equal(image.present_N, [False, True, False, True])
+    found = problem(dataset, "image_of_unknown_item")
+    assert found[1:] == (1, "ignored", ("f.npz item zz",))
+    assert problem(dataset, "item_without_image")[1:] == (1, "kept", ("item b",))
+
+
+def test_features_of_filtered_items_are_ignored():
+    raw = RawFeatures(np.array(["a", "b", "c"]), np.ones((3, 2)), "f.npz")
+    dataset = build(features={"text": raw}, min_item_events=2, strict=True)
+    assert problem(dataset, "text_of_unknown_item").occurrences == 2
+
+
+def test_of_features_of_one_item_the_first_stays():
+    raw = RawFeatures(np.array(["a", "c", "a", "b", "a"]), np.array([[1.0], [3], [8], [np.nan], [np.nan]]), "f.npz")
+    dataset = build(features={"text": raw})
+    text = dataset.items.modalities["text"]
+    np.testing.assert_array_equal(text.feature_NF[:, 0], [0, 1, 0, 3])
+    np.testing.assert_array_equal(text.present_N, [False, True, False, True])
+    assert problem(dataset, "duplicate_text_feature")[1:] == (2, "dropped", ("f.npz item a", "f.npz item a"))
+    assert problem(dataset, "non_finite_text_feature").where == ("f.npz item b",)
+    with pytest.raises(ValueError, match="duplicate_text_feature"):
+        build(features={"text": raw._replace(feature=np.ones((5, 1)))}, strict=True)
+
+
+@pytest.mark.parametrize("action", ["dropped", "masked", "reordered", "noted", "kept", "filtered", "ignored"])
+def test_strict_refuses_by_what_was_done(action):
+    found = Problem("odd", 3, action, ("here",))
+    if action in ("kept", "filtered", "ignored"):
+        assert build(strict=True, problems=[found]).problems == (found,)
+    else:
+        with pytest.raises(ValueError, match=f"strict reading refuses 3 x odd .here.. Mend .* to have them {action}"):
+            build(strict=True, problems=[found])
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (3,), (3, 0), (3, 2, 2)])

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tracemalloc
 
 import numpy as np
 import pyarrow
@@ -14,7 +15,7 @@ from marsjax.data.inspection import describe, statistics
 from marsjax.data.movielens import load_movielens
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
-from marsjax.data.tabular import load_tabular
+from marsjax.data.tabular import load_tabular, read_ids
 from marsjax.evaluation.metrics import auc
 
 COLUMNS = {"user": "who", "item": "what", "label": "clicked", "time": "at"}
@@ -58,17 +59,137 @@ def test_items_titles_and_categories(tmp_path):
     assert dataset.items.category_names == ("", "x", "y")
 
 
-def test_timestamps_become_seconds_and_nulls_are_dropped(tmp_path):
-    times = np.array(["1970-01-01T00:00:05", "1970-01-02", "NaT", "1970-01-01T00:00:01.5"], "datetime64[us]")
-    dataset = load(events(tmp_path / "log.parquet", at=pyarrow.array(times, from_pandas=True)))
-    np.testing.assert_array_equal(dataset.log.time_E, [5, 86400, 1])
+@pytest.mark.parametrize(("last", "unit"), [("1970-01-01T00:00:01", 1), ("1970-01-01T00:00:01.5", 1_000_000)])
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_timestamps_become_seconds_or_microseconds_and_nulls_are_dropped(tmp_path, ending, last, unit):
+    times = np.array(["1970-01-01T00:00:05", "1970-01-02", "NaT", last], "datetime64[us]")
+    dataset = load(events(tmp_path / f"log.{ending}", at=pyarrow.array(times, from_pandas=True)))
+    assert list(dataset.log.time_E) == [5 * unit, 86400 * unit, 1 if unit == 1 else 1_500_000]
     assert dataset.problems[0].kind == "missing_time"
+
+
+def test_times_do_not_pass_through_floats(tmp_path):
+    """A microsecond of the year 2255 is beyond 2^53, as are nanoseconds of any year."""
+    micro = 9_007_199_254_740_993 + np.array([0, 2, 4, 0])
+    stamps = pyarrow.array([*micro[:3].tolist(), None], pyarrow.timestamp("us"))
+    np.testing.assert_array_equal(load(events(tmp_path / "a.parquet", at=stamps)).log.time_E, micro[:3])
+    whole = pyarrow.array([*micro[:3].tolist(), None], pyarrow.int64())
+    np.testing.assert_array_equal(load(events(tmp_path / "b.parquet", at=whole)).log.time_E, micro[:3])
+    fine = pyarrow.array([1_500, 2_000, 3_999, None], pyarrow.timestamp("ns"))
+    np.testing.assert_array_equal(load(events(tmp_path / "c.parquet", at=fine)).log.time_E, [1, 2, 3])
 
 
 def test_missing_ids_in_a_numeric_column(tmp_path):
     dataset = load(events(tmp_path / "log.parquet", who=pyarrow.array([1, None, 2, 2])))
     assert list(dataset.log.raw_user_U) == ["1", "2"]
     assert dataset.problems[0].kind == "missing_id"
+
+
+def test_long_whole_ids_with_gaps_stay_apart(tmp_path):
+    """Floats, in which NumPy would hold a column with gaps, merge whole numbers from 2^53 on."""
+    who = [9_007_199_254_740_992, 9_007_199_254_740_993, None, 9_007_199_254_740_994]
+    dataset = load(events(tmp_path / "log.parquet", who=pyarrow.array(who)))
+    assert list(dataset.log.raw_user_U) == [str(user) for user in who if user]
+
+
+@pytest.mark.parametrize(
+    ("who", "expected"),
+    [
+        (pyarrow.array([1.0, None, 20.0, -3.0]), ["-3", "1", "20"]),
+        (pyarrow.array([1.0, np.nan, 20.0, -3.0], pyarrow.float32()), ["-3", "1", "20"]),
+        (pyarrow.array([1.5, None, 2.25, 1.5]), ["1.5", "2.25"]),
+        (pyarrow.array([1.0, None, 1e30, 1.0]), ["1.0", "1e+30"]),
+        (pyarrow.array(["1.0", "", "2.0", "1.0"]), ["1.0", "2.0"]),
+    ],
+)
+def test_floats_that_are_whole_lose_their_fraction_and_text_does_not(tmp_path, who, expected):
+    dataset = load(events(tmp_path / "log.parquet", who=who))
+    assert list(dataset.log.raw_user_U) == expected
+    assert dataset.problems[0][:2] == ("missing_id", 1)
+
+
+@pytest.mark.parametrize(
+    ("who", "expected"),
+    [
+        (["1.0", "", "20.0", "-3.0"], ["-3", "1", "20"]),
+        (["1.0", "nan", "20.0", "1.0"], ["1", "20"]),
+        (["007", "NA", "7", "07"], ["007", "07", "7"]),
+        (["1.5", "", "2.0", "1.5"], ["1.5", "2.0"]),
+        (["1.0", "", "2.0-b", "nan"], ["1.0", "2.0-b", "nan"]),
+        (["NA", "", "null", "NA"], ["NA", "null"]),
+    ],
+)
+def test_gaps_and_whole_floats_of_a_csv(tmp_path, who, expected):
+    path = tmp_path / "log.csv"
+    rows = [f"{user},a,{number % 2},{number}" for number, user in enumerate(who)]
+    path.write_text("\n".join(["who,what,clicked,at", *rows]) + "\n")
+    dataset = load(path)
+    assert list(dataset.log.raw_user_U) == expected
+    assert dataset.problems[0][:2] == ("missing_id", 1)
+
+
+def test_ids_of_a_csv_are_text_and_empty_ones_missing(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("who,what,clicked,at\n007,01,1,1\n7,1,1,2\n07,01,0,3\n,1,1,4\n7,,1,5\n7-,1,0,6\n")
+    items = tmp_path / "items.csv"
+    items.write_text("what,name,kind\n01,0042,00|1\n1,,\n")
+    columns = COLUMNS | {"title": "name", "categories": "kind"}
+    dataset = load_tabular(events_path=path, items_path=items, columns=columns, features={})
+    assert list(dataset.log.raw_user_U) == ["007", "07", "7", "7-"]
+    assert list(dataset.items.raw_id_N) == ["", "01", "1"]
+    assert list(dataset.items.title_N) == ["", "0042", ""]
+    assert dataset.items.category_names == ("", "00", "1")
+    assert dataset.problems[0][:2] == ("missing_id", 2)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array(["b", "a", None, "b"]).dictionary_encode(),
+        pyarrow.chunked_array([pyarrow.array(["b", "a"]), pyarrow.array([None, "b"])]),
+        pyarrow.array(["b", "a", None, "b"], pyarrow.large_string()),
+        pyarrow.array(["b", "a", None, "b"]).cast(pyarrow.binary()),
+        pyarrow.array(["b", "a", None, "b"]).cast(pyarrow.string_view()),
+    ],
+    ids=lambda column: str(column.type),
+)
+def test_ids_are_read_from_every_kind_of_text(column):
+    column = pyarrow.chunked_array([column]) if isinstance(column, pyarrow.Array) else column
+    assert list(read_ids(column, "user", "log.parquet").strings()) == ["b", "a", "", "b"]
+
+
+def test_ids_of_many_categories_in_narrow_numbers():
+    """What a pandas column of 128 categories becomes; one more for "missing" would not fit int8."""
+    names = [f"{i:03}" for i in range(128)]
+    column = pyarrow.array([*names, None]).cast(pyarrow.dictionary(pyarrow.int8(), pyarrow.string()))
+    assert list(read_ids(pyarrow.chunked_array([column]), "user", "log.parquet").strings()) == [*names, ""]
+
+
+def test_lists_are_no_ids(tmp_path):
+    with pytest.raises(
+        ValueError, match="log.parquet: expected text or numbers for user, found list.* write it as text"
+    ):
+        load(events(tmp_path / "log.parquet", who=[[1], [2], [1], [2]]))
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("who,what,clicked,at,who\n1,a,1,1,2\n")
+    with pytest.raises(ValueError, match=r"expected one column 'who' for user, found who, what, clicked, at, who"):
+        load(path)
+
+
+def test_no_loop_over_rows_of_ids(tmp_path):
+    """What grows with the rows is arrays of numbers: no text and no Python object for each row."""
+    n = 50_000
+    row = np.arange(n)
+    user = np.char.add("a user with quite a long name ", (row % 100).astype(str))
+    path = events(tmp_path / "log.parquet", who=user, what=row % 7, clicked=row % 2, at=row)
+    tracemalloc.start()
+    load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < n * user.dtype.itemsize
 
 
 def test_missing_column_is_named_with_the_remedy(tmp_path):
@@ -109,6 +230,13 @@ def test_feature_files_of_all_kinds_agree(tmp_path):
         np.testing.assert_array_equal(found.feature, vectors)
 
 
+@pytest.mark.parametrize("ids", [["007", "7"], [2**53, 2**53 + 1, None], [1.0, 2.0]])
+def test_ids_of_parquet_features_are_the_ids_of_the_tables(tmp_path, ids):
+    path = write(tmp_path / "f.parquet", id=pyarrow.array(ids), embedding=[[1.0]] * len(ids))
+    expected = {float: "{:.0f}", int: "{}", str: "{}"}[type(ids[0])]
+    assert list(read_features(path).raw_id) == ["" if i is None else expected.format(i) for i in ids]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -136,9 +264,33 @@ def test_image_folder_with_a_truncated_file(tmp_path):
     (tmp_path / "d.png").write_bytes(b"\x89PNG\r\n\x1a\n dat")
     missing, truncated = image_folder_problems(tmp_path, np.array(["a", "b", "c", "d", "e"]))
     assert (missing.kind, missing.occurrences, missing.where) == ("missing_image", 1, ("item e",))
-    assert (truncated.kind, truncated.occurrences, truncated.where) == ("truncated_image", 2, ("b.jpg", "d.png"))
+    assert truncated == ("truncated_image", 2, "noted", ("b.jpg", "d.png"))
     with pytest.raises(ValueError, match="expected a folder of images"):
         image_folder_problems(tmp_path / "nowhere", np.array(["a"]))
+
+
+def test_a_cut_image_is_refused_by_strict_and_costs_no_feature_otherwise(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"\xff\xd8 pict")
+    np.savez(tmp_path / "f.npz", id=np.array(["a", "b", "c"]), embedding=np.ones((3, 2)))
+    path, options = events(tmp_path / "log.parquet"), {"columns": COLUMNS, "image_folder": tmp_path}
+    dataset = load_tabular(events_path=path, features={"image": tmp_path / "f.npz"}, **options)
+    assert dataset.items.modalities["image"].present_N[1:].all()
+    with pytest.raises(ValueError, match=r"refuses 1 x truncated_image .a.jpg.. Mend .* to have them noted"):
+        load_tabular(events_path=path, features={}, strict=True, **options)
+
+
+@pytest.mark.parametrize("head", [b"\xff\xd8", b"\x89PNG\r\n\x1a\n"])
+def test_only_the_ends_of_an_image_are_read(tmp_path, head):
+    size = 32 << 20
+    with (tmp_path / "a.png").open("wb") as file:
+        file.write(head)
+        file.seek(size)
+        file.write(b"\xff\xd9" if head == b"\xff\xd8" else b"IEND\xaeB`\x82")
+    tracemalloc.start()
+    assert image_folder_problems(tmp_path, np.array(["a"])) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < size / 100
 
 
 # --- MovieLens
@@ -242,3 +394,17 @@ def test_inspection_counts():
     text = describe(dataset, rows)
     for word in ("low-active", "sparse", "text", "image", "problems", "item_without_text"):
         assert word in text
+    assert list(found["groups"]) == ["low", "middle", "high"]
+    assert "no training events" not in text
+
+
+def test_inspection_shows_new_users_where_there_are_any():
+    dataset = make_synthetic(n_users=100, n_items=80, high_events=(20, 30), seed=0)
+    rows = make_rows(dataset.log, split="global_time", fraction_test=0.4, fraction_valid=0.3)
+    count = int((rows.train_length_U == 0).sum())
+    assert count > 0
+    groups = statistics(dataset, rows)["groups"]
+    assert groups["new"] == {"users": count, "training_events": [0, 0]}
+    assert groups["low"]["training_events"][0] > 0
+    (line,) = [line for line in describe(dataset, rows).splitlines() if line.startswith("new ")]
+    assert line == f"new           {count} users, no training events"

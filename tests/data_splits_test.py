@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from marsjax.data.splits import activity_groups, make_rows
-from marsjax.records import HIGH, LOW, MIDDLE, TEST, TRAIN, VALID
+from marsjax.records import HIGH, LOW, MIDDLE, NEW, TEST, TRAIN, VALID
 from tests.data_batches_test import small_log
 
 SPLITS = ("leave_one_out", "last_fraction", "global_time")
@@ -12,8 +12,10 @@ SPLITS = ("leave_one_out", "last_fraction", "global_time")
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("history", ["all", "positives"])
-def test_histories_end_strictly_before_their_event(split, history):
+def test_histories_end_before_the_place_of_their_event(split, history):
+    """Also where several events share an instant: those that stand earlier are seen."""
     log = small_log(users=40)
+    log = log._replace(time_E=log.time_E // 200)
     rows = make_rows(log, split=split, history=history)
     keep_E = np.ones(len(log.item_E), bool) if history == "all" else log.label_E > 0
     for event in range(len(log.item_E)):
@@ -67,7 +69,7 @@ def test_global_time_never_divides_a_moment():
     assert latest[1] < earliest[2]
 
 
-@pytest.mark.parametrize("length", [[5] * 100, list(range(100)), [5] * 60 + [9] * 40])
+@pytest.mark.parametrize("length", [[5] * 100, list(range(1, 101)), [5] * 60 + [9] * 40])
 def test_groups_are_exact_and_tied_users_are_drawn_by_seed(length):
     length_U = np.array(length)
     group_U = activity_groups(length_U, low_fraction=0.3, high_fraction=0.3, seed=0)
@@ -78,6 +80,24 @@ def test_groups_are_exact_and_tied_users_are_drawn_by_seed(length):
     if len(set(length)) == 1:
         other_U = activity_groups(length_U, low_fraction=0.3, high_fraction=0.3, seed=1)
         assert (group_U != other_U).any()
+
+
+def test_users_without_training_events_are_new_and_not_ranked():
+    length_U = np.concatenate([np.zeros(50, int), np.arange(1, 11)])
+    group_U = activity_groups(length_U, low_fraction=0.3, high_fraction=0.2, seed=0)
+    np.testing.assert_array_equal(group_U, [NEW] * 50 + [LOW] * 3 + [MIDDLE] * 5 + [HIGH] * 2)
+    assert (activity_groups(length_U[:50], low_fraction=0.3, high_fraction=0.3, seed=0) == NEW).all()
+
+
+def test_low_active_users_of_a_split_by_time_have_training_events():
+    log = small_log(users=40)
+    user_E = np.repeat(np.arange(40), np.diff(log.start_U1))
+    log = log._replace(time_E=log.time_E + 500 * user_E)  # the later users come when training is over
+    rows = make_rows(log, split="global_time")
+    np.testing.assert_array_equal(rows.group_U == NEW, rows.train_length_U == 0)
+    assert (rows.group_U == NEW).sum() > 5
+    ranked = (rows.group_U != NEW).sum()
+    assert (rows.group_U == LOW).sum() == (rows.group_U == HIGH).sum() == round(0.3 * ranked)
 
 
 @pytest.mark.parametrize(

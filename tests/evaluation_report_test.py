@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from marsjax.evaluation import report
+from marsjax.evaluation import report, significance
 from marsjax.evaluation.metrics import auc
 from marsjax.records import Predictions
 
@@ -57,13 +57,49 @@ def test_tables_and_files(rows, tmp_path):
     text = report.as_table(rows)
     assert "mars" in text
     assert "360 test rows, 120 of low-active users" in text
+    assert "fewer than 5 seeds: no claim" in text
+    mars = row_of(rows, method="mars", group="low", metric="auc")
+    assert f"p {mars['p_vs_base']:.3f}, t {mars['p_t_test']:.3f}" in text
     assert report.as_markdown(rows).count("\n| ") == 4
-    report.write_results(
-        tmp_path / "r.json", command="c", commit="x", machine=report.machine_description(), wall_seconds=1.0, rows=rows
-    )
+    about = {"command": "c", "commit": "x", "machine": "m", "wall_seconds": 1.0}
+    report.write_results(tmp_path / "r.json", **about, rows=rows, comparisons=[])
     written = json.loads((tmp_path / "r.json").read_text())
-    assert set(written) == {"command", "commit", "machine", "wall_seconds", "rows"}
-    assert written["rows"] == rows
+    assert written == about | {"rows": rows, "comparisons": []}
+
+
+def test_five_seeds_are_enough_for_a_claim():
+    results = {name: [predictions(s, seed) for seed in range(5)] for name, s in (("base", 0.2), ("mars", 1.5))}
+    rows = report.quality_rows(results, dataset="d", inputs="ids", split="s", n_resamples=20)
+    assert "no claim" not in report.as_table(rows)
+
+
+def test_mars_is_compared_with_every_other_method_that_lends():
+    strengths = {"base": 0.2, "best_possible": 3.0, "random_donor": 0.3, "popular_items": 1.4, "mars": 1.5}
+    results = {name: [predictions(strength, s) for s in (1, 2)] for name, strength in strengths.items()}
+    compared = report.comparisons(results, n_resamples=200)
+    assert {row["against"] for row in compared} == {"random_donor", "popular_items"}
+    for metric in ("auc", "gauc"):
+        for group in ("all", "low"):
+            family = [row for row in compared if (row["metric"], row["group"]) == (metric, group)]
+            adjusted = significance.holm([row["p"] for row in family])
+            np.testing.assert_allclose([row["p_holm"] for row in family], adjusted)
+    (row,) = [r for r in compared if (r["against"], r["metric"], r["group"]) == ("random_donor", "auc", "all")]
+    aucs = {n: np.mean([auc(p.label_B, p.score_B) for p in results[n]]) for n in ("mars", "random_donor")}
+    assert row["difference"] == pytest.approx(aucs["mars"] - aucs["random_donor"])
+    rows = report.quality_rows(results, dataset="d", inputs="ids", split="s", n_resamples=20)
+    assert "| mars less |" in report.as_markdown(rows, compared)
+    assert report.comparisons({"base": results["base"]}) == []
+
+
+def test_lent_items_are_counted_by_group():
+    lent = predictions(1.5, 1)
+    lent = lent._replace(lent_B=np.where(lent.group_B == 0, 7, 0))
+    rows = report.quality_rows(
+        {"base": [predictions(0.2, 1)], "mars": [lent]}, dataset="d", inputs="ids", split="s", n_resamples=20
+    )
+    assert row_of(rows, method="mars", group="low", metric="lent")["mean"] == 7
+    assert row_of(rows, method="mars", group="all", metric="lent")["mean"] == pytest.approx(7 / 3)
+    assert row_of(rows, method="base", group="low", metric="lent")["mean"] == 0
 
 
 def test_undefined_values_are_null():

@@ -2,7 +2,9 @@
 
 import errno
 import hashlib
+import itertools
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -127,3 +129,20 @@ def test_failed_renaming_puts_the_old_folder_back(tmp_path, monkeypatch):
         write_two(tmp_path / "x", b"new")
     assert (tmp_path / "x" / "a").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_folder_that_gains_a_file_while_it_is_removed_goes_too(tmp_path, monkeypatch):
+    """The threads of a writer that failed may still be at work."""
+    (tmp_path / "folder").mkdir()
+    remove, late = shutil.rmtree, iter(["a", "b"])
+
+    def removes_and_gains(folder, **options):
+        remove(folder, **options)
+        for name in itertools.islice(late, 1):
+            folder.mkdir()
+            (folder / name).write_bytes(b"x")
+
+    monkeypatch.setattr(files.shutil, "rmtree", removes_and_gains)
+    files.remove_folder(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    files.remove_folder(tmp_path / "folder")

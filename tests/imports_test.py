@@ -23,18 +23,19 @@ ALLOWED: dict[str, set[str]] = {
     "features": set(),
     "training": {"progress"},
     "alignment": {"training.optimizer", "training.sharding", "training.step"},
-    "embeddings": {"alignment", "data.histories"},  # embeds with the encoder of the alignment
+    "embeddings": {"alignment", "data.histories", "progress"},  # embeds with the encoder of the alignment
     "retrieval": set(),
-    "augmentation": set(),
+    "augmentation": {"data.histories"},
     "ctr": {"training.optimizer", "training.sharding", "training.step"},
     "evaluation": set(),
     "serving": {"ctr", "training.checkpoint"},
-    "stages": set(),
+    "provenance": set(),
+    "stages": {"provenance"},
     "configuration": set(),
     "defaults": {"data.synthetic"},  # its arguments are configuration keys
     "pipeline": {
         "alignment", "augmentation", "configuration", "ctr", "data", "embeddings", "evaluation", "features", "progress",
-        "retrieval", "serving", "stages", "training",
+        "provenance", "retrieval", "serving", "stages", "training",
     },
     "main": {"allocator", "configuration"},  # and the pipeline, by importlib once the flags are read
 }  # fmt: skip

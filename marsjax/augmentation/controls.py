@@ -4,30 +4,57 @@ from __future__ import annotations
 
 import numpy as np
 
-from marsjax.augmentation.mars import Donors
-from marsjax.records import Borrowed
+from marsjax.records import Borrowed, Donors
+
+ROUNDS = 50  # donors that a query asks at the most; only a budget near the size of the catalogue needs so many
 
 
 def random_donor(donors: Donors, budget_Q: np.ndarray, *, seed: int) -> Borrowed:
-    """Each query borrows its budget of items from one random high-active user, chosen evenly, in time order.
+    """Each query borrows its budget of distinct items from a random high-active user, chosen evenly, in time order.
 
-    The items are a random subset of the donor's history, since the filter of MARS keeps a subset too. A donor with
-    fewer items than the budget gives all.
+    The items are a random subset of the donor's history, since the filter of MARS keeps a subset too. Where the donor
+    holds fewer than the budget, further random donors lend the rest; the first stands last, next to the own history.
     """
     generator = np.random.default_rng(seed)
-    position_Q = generator.integers(len(donors.user_P), size=len(budget_Q))
-    item_QL, time_QL = donors.item_PL[position_Q], donors.time_PL[position_Q]
-    draw_QL = np.where(item_QL > 0, generator.random(item_QL.shape), np.inf)
-    rank_QL = np.argsort(np.argsort(draw_QL, axis=1), axis=1)
-    kept_QL = (rank_QL < budget_Q[:, None]) & (item_QL > 0)
-    count_Q = kept_QL.sum(axis=1)
+    n_queries, n_items = len(budget_Q), int(donors.item_PL.max(initial=0)) + 1
+    lacking_Q = np.asarray(budget_Q, np.int64).copy()
+    lent: list[np.ndarray] = []  # [4, X] each: query, round, position of the donor, column
+    taken_X = np.zeros(0, np.int64)  # query * n_items + item of all that is lent
+    for turn in range(ROUNDS):
+        open_X = np.flatnonzero(lacking_Q > 0)
+        if not len(open_X):
+            break
+        for query_B in np.split(open_X, range(8192, len(open_X), 8192)):
+            position_B = generator.integers(len(donors.user_P), size=len(query_B))
+            item_BL = donors.item_PL[position_B]
+            key_BL = query_B[:, None] * n_items + item_BL
+            free_BL = (item_BL > 0) & _is_first(item_BL) & ~np.isin(key_BL, taken_X)
+            draw_BL = np.where(free_BL, generator.random(item_BL.shape), np.inf)
+            rank_BL = np.argsort(np.argsort(draw_BL, axis=1), axis=1)
+            row_X, column_X = np.nonzero(free_BL & (rank_BL < lacking_Q[query_B][:, None]))
+            lent.append(np.stack([query_B[row_X], np.full(len(row_X), -turn), position_B[row_X], column_X]))
+            lacking_Q[query_B] -= np.bincount(row_X, minlength=len(query_B))
+            taken_X = np.concatenate([taken_X, key_BL[row_X, column_X]])
+    query_S, turn_S, position_S, column_S = np.concatenate([np.zeros((4, 0), np.int64), *lent], axis=1)
+    order_S = np.lexsort((column_S, turn_S, query_S))
+    query_S, position_S, column_S = query_S[order_S], position_S[order_S], column_S[order_S]
     return Borrowed(
-        start_Q1=np.concatenate([[0], np.cumsum(count_Q)]).astype(np.int64),
-        item_S=item_QL[kept_QL],
-        time_S=time_QL[kept_QL],
-        donor_S=np.repeat(donors.user_P[position_Q], count_Q).astype(np.int32),
-        similarity_S=np.zeros(count_Q.sum(), np.float32),
+        start_Q1=np.searchsorted(query_S, np.arange(n_queries + 1)).astype(np.int64),
+        item_S=donors.item_PL[position_S, column_S],
+        time_S=donors.time_PL[position_S, column_S],
+        donor_S=donors.user_P[position_S].astype(np.int32),
+        similarity_S=np.zeros(len(query_S), np.float32),
     )
+
+
+def _is_first(item_BL: np.ndarray) -> np.ndarray:
+    """True where an item stands for the first time in its row."""
+    order_BL = np.argsort(item_BL, axis=1, kind="stable")
+    sorted_BL = np.take_along_axis(item_BL, order_BL, axis=1)
+    new_BL = np.concatenate([np.ones_like(sorted_BL[:, :1], bool), sorted_BL[:, 1:] != sorted_BL[:, :-1]], axis=1)
+    first_BL = np.zeros(item_BL.shape, bool)
+    np.put_along_axis(first_BL, order_BL, new_BL, axis=1)
+    return first_BL
 
 
 def popular_items(donors: Donors, budget_Q: np.ndarray, *, n_items: int) -> Borrowed:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marsjax.records import Array, Borrowed, Neighbours
+from marsjax.records import Array, Borrowed, Donors, Neighbours
 
 
 class Candidates(NamedTuple):
@@ -22,14 +22,6 @@ class Candidates(NamedTuple):
     donor_similarity_QS: np.ndarray  # [Q, S] float32, Eq. 15
     similarity_QS: np.ndarray  # [Q, S] float32, Eq. 16; -inf at padding
     kept_QS: np.ndarray  # [Q, S] bool
-
-
-class Donors(NamedTuple):
-    """Training histories of the possible donors (the high-active users)."""
-
-    user_P: np.ndarray  # [P] int32, ascending
-    item_PL: np.ndarray  # [P, L] int32, time order, 0 is padding
-    time_PL: np.ndarray  # [P, L] int64
 
 
 def cosine(vector_BSD: jax.Array, query_BD: jax.Array, centre_D: jax.Array) -> jax.Array:
@@ -163,6 +155,17 @@ def select(
     return similarity_BS, drop_repeats(item_BKL.reshape(n, -1), kept_BKL.reshape(n, -1))
 
 
+def check_theta(theta: float | None, theta_quantile: float | None) -> None:
+    """Raises ValueError unless exactly one of them is given, and the quantile is one."""
+    if (theta is None) == (theta_quantile is None):
+        raise ValueError(
+            f"augmentation: expected exactly one of theta and theta_quantile, found {theta} and {theta_quantile}; "
+            "set the other to none"
+        )
+    if theta_quantile is not None and not 0 <= theta_quantile < 1:
+        raise ValueError(f"augmentation.theta_quantile: expected 0 to below 1, found {theta_quantile}")
+
+
 def borrow(
     donors: Donors,
     neighbours: Neighbours,
@@ -188,15 +191,11 @@ def borrow(
         size: queries at a time; one shape is compiled.
 
     Raises:
-        ValueError: unknown strategy; both or neither of `theta` and `theta_quantile`; a donor is the query's own user.
+        ValueError: unknown strategy; both or neither of `theta` and `theta_quantile`.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"augmentation.strategy: expected one of {sorted(STRATEGIES)}, found {strategy!r}")
-    if (theta is None) == (theta_quantile is None):
-        raise ValueError(
-            f"augmentation: expected exactly one of theta and theta_quantile, found {theta} and {theta_quantile}; "
-            "set the other to none"
-        )
+    check_theta(theta, theta_quantile)
     chosen = STRATEGIES[strategy]
     k = min(chosen.donors or neighbours.user_BK.shape[1], neighbours.user_BK.shape[1])
     # Least to most similar, so that the best donor's items stand next to the own history and survive truncation.
@@ -233,7 +232,7 @@ def borrow(
         advance(end - begin)
     return Candidates(
         item_QS=item_QS,
-        time_QS=donors.time_PL[position_QK].reshape(n_queries, -1) * (item_QS > 0),
+        time_QS=donors.time_PL[position_QK].reshape(n_queries, k * length) * (item_QS > 0),
         donor_QS=np.repeat(np.where(valid_QK, donor_QK, -1), length, axis=1).astype(np.int32),
         donor_similarity_QS=np.repeat(similarity_QK, length, axis=1).astype(np.float32),
         similarity_QS=similarity_QS,

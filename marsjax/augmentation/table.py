@@ -8,7 +8,7 @@ import numpy as np
 
 from marsjax import files
 from marsjax.augmentation.mars import Candidates
-from marsjax.records import TEST, TRAIN, Dataset, Log, Queries, Rows
+from marsjax.records import LOW, TEST, TRAIN, Dataset, Log, Queries, Rows
 
 
 def read_candidates(path: pathlib.Path) -> Candidates:
@@ -20,8 +20,9 @@ def read_candidates(path: pathlib.Path) -> Candidates:
 def statistics(candidates: Candidates, queries: Queries, rows: Rows, log: Log) -> dict[str, float]:
     """How much is borrowed, from how near, and whether the donor knows the target.
 
-    `donor_has_target_*` is the share of positive rows whose query borrows the target item, less that of negative
-    rows: a value on training rows above that on test rows is the label leaking into the choice of the donor.
+    `rows_that_borrow_*` is the share of the low-active users' rows that have a query. `borrows_target_*` is the share
+    of those whose query borrows the target item, and `borrows_target_auc_*` how well that alone tells positive rows
+    from negative ones: a value on training rows above that on test rows is the label leaking into the choice of donor.
     """
     kept_QS, real_QS = candidates.kept_QS, candidates.item_QS > 0
     near_QS = np.where(real_QS, candidates.donor_similarity_QS, np.nan)
@@ -41,6 +42,8 @@ def statistics(candidates: Candidates, queries: Queries, rows: Rows, log: Log) -
             query_R = queries.query_E[part_R]
             same_RS = candidates.item_QS[query_R] == log.item_E[part_R][:, None]
             has_R[begin : begin + 4096] = (same_RS & kept_QS[query_R]).any(axis=1)
+        asked = (rows.split_E == split) & (rows.group_U[rows.user_E] == LOW)
+        out[f"rows_that_borrow_{name}"] = float(len(row_R) / max(asked.sum(), 1))
         positive_R = log.label_E[row_R] > 0
         if positive_R.any() and not positive_R.all():
             out[f"borrows_target_{name}"] = float(has_R.mean())
@@ -48,21 +51,29 @@ def statistics(candidates: Candidates, queries: Queries, rows: Rows, log: Log) -
     return out
 
 
+def need_pyarrow() -> None:
+    """Raises ImportError with the remedy where pyarrow is not installed."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise ImportError("writing Parquet needs pyarrow: pip install marsjax[tabular]") from error
+
+
 def write_parquet(path: pathlib.Path, candidates: Candidates, queries: Queries, rows: Rows, dataset: Dataset) -> None:
     """One row a candidate item, with ids of the source.
 
-    Columns: user, history_length (own events the donor was looked up with), donor, similarity (of user and donor),
-    item, item_similarity (Eq. 16), kept, position (place in the borrowed sequence from 0, -1 where not kept).
+    Columns: user, history_length (how many items of the own history the donor was looked up with), donor, similarity
+    (of user and donor), item, donor_time (when the donor met it), item_similarity (Eq. 16), kept, position (place in
+    the borrowed sequence from 0, -1 where not kept).
 
     Raises:
         ImportError: pyarrow is not installed.
         OSError: the disk is full; nothing is left behind.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError("writing Parquet needs pyarrow: pip install marsjax[tabular]") from error
+    need_pyarrow()
+    import pyarrow
+    import pyarrow.parquet
+
     query_S, slot_S = np.nonzero(candidates.item_QS > 0)
     kept_S = candidates.kept_QS[query_S, slot_S]
     position_QS = np.cumsum(candidates.kept_QS, axis=1) - 1
@@ -74,6 +85,7 @@ def write_parquet(path: pathlib.Path, candidates: Candidates, queries: Queries, 
         "donor": raw_user_U[candidates.donor_QS[query_S, slot_S]],
         "similarity": candidates.donor_similarity_QS[query_S, slot_S],
         "item": raw_item_N[candidates.item_QS[query_S, slot_S]],
+        "donor_time": candidates.time_QS[query_S, slot_S],
         "item_similarity": candidates.similarity_QS[query_S, slot_S],
         "kept": kept_S,
         "position": np.where(kept_S, position_QS[query_S, slot_S], -1).astype(np.int32),

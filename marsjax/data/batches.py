@@ -248,6 +248,19 @@ def alignment_source(
     return BatchSource(make, steps), per_epoch
 
 
+def lent_items(
+    log: Log, rows: Rows, row_R: np.ndarray, *, size: int, cap: int, augmentation: Augmentation | None, **_: object
+) -> np.ndarray:
+    """How many borrowed items stand in the history of each row, [R] int64: after truncation and blanking."""
+    if augmentation is None:
+        return np.zeros(len(row_R), np.int64)
+    parts = [
+        ctr_batch(log, rows, row_R[begin : begin + size], length=cap, size=size, cap=cap, augmentation=augmentation)
+        for begin in range(0, len(row_R), size)
+    ]
+    return np.concatenate([part.borrowed_BL.sum(axis=1) for part in parts])[: len(row_R)].astype(np.int64)
+
+
 class EvaluationBatches(NamedTuple):
     """Batches over given rows; concatenating their rows of weight 1 gives the rows in the order `order_R`."""
 

@@ -11,7 +11,18 @@ from marsjax.files import digest_arrays
 from marsjax.records import Dataset, Items, Log, Modality, Problem
 
 SHOWN = 5  # places that a problem names
-HARMLESS = ("reordered", "kept")  # actions that lose nothing; strict refuses "reordered" all the same
+ACCEPTED = ("kept", "filtered", "ignored")  # actions that strict reading does not refuse, see `Problem.action`
+
+
+class Ids(NamedTuple):
+    """A column of ids as read: numbers of its distinct names, which are far fewer. Names may repeat or be unused."""
+
+    code_R: np.ndarray  # [R] int, positions in name_X
+    name_X: np.ndarray  # [X] str; "" is missing
+
+    def strings(self) -> np.ndarray:
+        """[R] str, the column itself."""
+        return self.name_X[self.code_R]
 
 
 class RawItems(NamedTuple):
@@ -33,8 +44,8 @@ class RawFeatures(NamedTuple):
 def build_dataset(
     *,
     name: str,
-    user_R: np.ndarray,
-    item_R: np.ndarray,
+    user_R: np.ndarray | Ids,
+    item_R: np.ndarray | Ids,
     label_R: np.ndarray,
     time_R: np.ndarray,
     where: Callable[[np.ndarray], list[str]],
@@ -50,14 +61,17 @@ def build_dataset(
     """Checks and numbers a log of R rows.
 
     Args:
-        user_R, item_R: ids as strings; "" is missing.
+        user_R, item_R: ids, as strings or already numbered; "" is missing.
         label_R: float; NaN is missing. With `label_threshold` the label is `value >= threshold`, without it the
             column must be 0 or 1.
-        time_R: float or integer; NaN is missing. Rows of one user with equal times keep their order.
+        time_R: integer, float or datetime64; NaN, NaT and what is outside +-(2^63 - 1) are missing. Rows are sorted and
+            compared as precisely as given, and rows of one user with equal times keep their order. Integers stay as
+            they are. Of floats and datetime64 whole seconds are kept, or, where any time has a fraction, microseconds
+            of all.
         where: row numbers -> places such as "ratings.dat:17".
         items: the catalogue; None takes the items from the log.
         min_item_events, min_user_events: items, then users, with fewer events are dropped, once.
-        strict: refuse everything that would be dropped, masked or reordered.
+        strict: refuse everything that would be dropped, masked, reordered or noted.
         problems: what the reader found before.
 
     Raises:
@@ -71,26 +85,32 @@ def build_dataset(
             found.append(Problem(kind, len(at), "dropped", tuple(where(row_R[at[:SHOWN]]))))
         return ~bad_R
 
-    user_R, item_R = np.asarray(user_R, str), np.asarray(item_R, str)
+    # From here on users and items are numbers, whose order is that of the names.
+    user_code_R, user_names = _number(user_R)
+    item_code_R, item_names = _number(item_R)
     label_R, time_R = np.asarray(label_R, np.float64), np.asarray(time_R)
-    row_R = np.arange(len(user_R))
+    if time_R.dtype.kind == "f":
+        time_R = time_R.astype(np.float64)
+    row_R = np.arange(len(user_code_R))
 
     def narrow(keep_R: np.ndarray) -> None:
-        nonlocal user_R, item_R, label_R, time_R, row_R
-        user_R, item_R, label_R, time_R, row_R = (v[keep_R] for v in (user_R, item_R, label_R, time_R, row_R))
+        nonlocal user_code_R, item_code_R, label_R, time_R, row_R
+        user_code_R, item_code_R, label_R, time_R, row_R = (
+            v[keep_R] for v in (user_code_R, item_code_R, label_R, time_R, row_R)
+        )
 
-    narrow(drop("missing_id", (user_R == "") | (item_R == "")))
-    narrow(drop("missing_time", ~np.isfinite(time_R.astype(np.float64))))
+    narrow(drop("missing_id", (user_names == "")[user_code_R] | (item_names == "")[item_code_R]))
+    # Both comparisons are false for NaN, and the first for the least int64, which stands for a missing integer.
+    lacking_R = np.isnat(time_R) if time_R.dtype.kind == "M" else ~((time_R > -(2**63)) & (time_R < 2**63))
+    narrow(drop("missing_time", lacking_R))
     if label_threshold is None:
-        narrow(drop("label_not_0_or_1", ~np.isin(label_R, (0.0, 1.0))))
+        narrow(drop("label_not_0_or_1", (label_R != 0) & (label_R != 1)))
     else:
         narrow(drop("missing_label", ~np.isfinite(label_R)))
         label_R = (label_R >= label_threshold).astype(np.float64)
-    time_R = time_R.astype(np.int64)
 
     if items is None:
-        catalogue = np.unique(item_R)
-        items = RawItems(catalogue, np.full(len(catalogue), ""), [()] * len(catalogue))
+        items = RawItems(item_names, np.full(len(item_names), ""), [()] * len(item_names))
     else:
         _, first = np.unique(items.raw_id, return_index=True)
         repeated = len(items.raw_id) - len(first)
@@ -99,12 +119,11 @@ def build_dataset(
             found.append(Problem("duplicate_item", repeated, "dropped", tuple(str(items.raw_id[i]) for i in extra)))
             first = np.sort(first)
             items = RawItems(items.raw_id[first], items.title[first], [items.categories[int(i)] for i in first])
-        narrow(drop("unknown_item", ~np.isin(item_R, items.raw_id)))
+        narrow(drop("unknown_item", ~np.isin(item_names, items.raw_id)[item_code_R]))
 
     # Sort by user and time; the file order decides ties.
-    user_names, user_U = np.unique(user_R, return_inverse=True)
-    order_R = np.lexsort((np.arange(len(user_U)), time_R, user_U))
-    by_user_R = np.argsort(user_U, kind="stable")
+    order_R = np.lexsort((time_R, user_code_R))  # stable
+    by_user_R = np.argsort(user_code_R, kind="stable")
     moved_R = order_R != by_user_R
     if moved_R.any():
         at = np.flatnonzero(moved_R)
@@ -112,23 +131,23 @@ def build_dataset(
         found.append(Problem("unsorted_event", len(at), "reordered", places))
     narrow(order_R)
 
-    # The same user, item and time: the first in the file stays.
-    same = np.lexsort((row_R, time_R, item_R, user_R))
-    repeats = (user_R[same][1:] == user_R[same][:-1]) & (item_R[same][1:] == item_R[same][:-1])
-    repeats &= time_R[same][1:] == time_R[same][:-1]
-    bad_R = np.zeros(len(row_R), bool)
-    bad_R[same[1:][repeats]] = True
-    narrow(drop("duplicate_event", bad_R))
+    # The same user, item and time: the first in the file stays, and the others either say the same or contradict it.
+    first_R = _first_alike(user_code_R, item_code_R, time_R)
+    repeats_R = first_R != np.arange(len(row_R))
+    agrees_R = label_R == label_R[first_R]
+    keep_R = drop("duplicate_event", repeats_R & agrees_R)
+    narrow(keep_R & drop("conflicting_label", repeats_R & ~agrees_R))
+    time_R = _whole(time_R)
 
-    for kind, values, least in (("rare_item", "item", min_item_events), ("rare_user", "user", min_user_events)):
+    for values, least in (("item", min_item_events), ("user", min_user_events)):
         if least > 1:
-            names, inverse, count = np.unique(
-                item_R if values == "item" else user_R, return_inverse=True, return_counts=True
-            )
-            rare_R = (count < least)[inverse]
+            code_R = item_code_R if values == "item" else user_code_R
+            count_X = np.bincount(code_R)
+            rare_R = (count_X < least)[code_R]
             if rare_R.any():
-                note = f"{int((count < least).sum())} of {len(names)} {values}s have fewer than {least} events"
-                found.append(Problem(kind, int(rare_R.sum()), "filtered", (note,)))
+                rare, known = ((count_X > 0) & (count_X < least)).sum(), (count_X > 0).sum()
+                note = f"{rare} of {known} {values}s have fewer than {least} events"
+                found.append(Problem(f"rare_{values}", int(rare_R.sum()), "filtered", (note,)))
             narrow(~rare_R)
     if not len(row_R):
         raise ValueError(
@@ -138,12 +157,13 @@ def build_dataset(
         )
 
     # Only items that occur: rows of the tables are dear, and an item without events is never shown.
-    occurs = np.isin(items.raw_id, item_R)
-    kept = np.flatnonzero(occurs)
-    kept = kept[np.argsort(items.raw_id[kept])]
+    occurring, position_R = np.unique(item_code_R, return_inverse=True)
+    item_E = (position_R + 1).astype(np.int32)
+    kept = np.flatnonzero(np.isin(items.raw_id, item_names[occurring]))
+    kept = kept[np.argsort(items.raw_id[kept])]  # the order of the names, as that of the codes
     raw_id_N = np.concatenate([[""], items.raw_id[kept]])
-    item_E = (np.searchsorted(raw_id_N[1:], item_R) + 1).astype(np.int32)
-    user_names, user_E = np.unique(user_R, return_inverse=True)
+    occurring, user_E = np.unique(user_code_R, return_inverse=True)
+    user_names = user_names[occurring]
     start_U1 = np.searchsorted(user_E, np.arange(len(user_names) + 1)).astype(np.int64)
     single = int((np.diff(start_U1) == 1).sum())
     if single:
@@ -156,7 +176,7 @@ def build_dataset(
     }  # fmt: skip
     records = Items(raw_id_N, np.concatenate([[""], items.title[kept]]), category_NG, category_names, modalities)
     if strict:
-        refused = [problem for problem in found if problem.action not in ("kept", "filtered")]
+        refused = [problem for problem in found if problem.action not in ACCEPTED]
         if refused:
             raise ValueError(
                 f"{name}: strict reading refuses "
@@ -166,6 +186,38 @@ def build_dataset(
             )
     oracle_E = None if oracle_R is None else np.asarray(oracle_R)[row_R].astype(np.float32)
     return Dataset(name, log, records, tuple(found), _fingerprint(log, records), oracle_E)
+
+
+def _number(ids: np.ndarray | Ids) -> Ids:
+    """Numbers ids by distinct names in alphabetical order."""
+    if not isinstance(ids, Ids):
+        name_X, code_R = np.unique(np.asarray(ids, str), return_inverse=True)
+        return Ids(code_R, name_X)
+    name_X, code_X = np.unique(ids.name_X, return_inverse=True)
+    return Ids(code_X[ids.code_R], name_X)
+
+
+def _first_alike(user_R: np.ndarray, item_R: np.ndarray, time_R: np.ndarray) -> np.ndarray:
+    """For each of R rows, sorted by user and time, the first one of the same user, item and time, [R] int."""
+    order_R = np.lexsort((item_R, user_R))  # stable, so that times ascend within each user and item
+    user_R, item_R, time_R = user_R[order_R], item_R[order_R], time_R[order_R]
+    starts_R = np.ones(len(order_R), bool)
+    starts_R[1:] = (user_R[1:] != user_R[:-1]) | (item_R[1:] != item_R[:-1]) | (time_R[1:] != time_R[:-1])
+    first_R = np.empty(len(order_R), np.int64)
+    first_R[order_R] = order_R[np.flatnonzero(starts_R)[np.cumsum(starts_R) - 1]]
+    return first_R
+
+
+def _whole(time_R: np.ndarray) -> np.ndarray:
+    """Times as int64 in the same order: integers as they are, others in seconds, or microseconds if any needs them."""
+    if time_R.dtype.kind == "M":
+        micro_R = time_R.astype("datetime64[us]").astype(np.int64)
+        return micro_R if (micro_R % 1_000_000).any() else micro_R // 1_000_000
+    if time_R.dtype.kind == "f" and (time_R % 1).any():
+        # A clock so fine that microseconds of its unit overflow keeps its unit.
+        fits = np.abs(time_R).max() < 2**63 / 1e6
+        return np.rint(time_R * 1e6 if fits else time_R).astype(np.int64)
+    return time_R.astype(np.int64)
 
 
 def _categories(categories: Sequence[Sequence[str]]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -182,23 +234,32 @@ def _categories(categories: Sequence[Sequence[str]]) -> tuple[np.ndarray, tuple[
 
 
 def _modality(modality: str, raw: RawFeatures, raw_id_N: np.ndarray, found: list[Problem]) -> Modality:
-    """Features in the order of the items. No NaN passes: a row that has one is masked."""
+    """Features in the order of the items; the first row of an id stays. No NaN passes: a row that has one is masked."""
     feature = np.asarray(raw.feature)
     if feature.ndim != 2 or len(feature) != len(raw.raw_id) or not feature.shape[1]:
         raise ValueError(
             f"{raw.source}: expected one {modality} vector for each of {len(raw.raw_id)} ids, an array "
             f"[{len(raw.raw_id)}, width], found shape {feature.shape}; write ids and vectors of the same items"
         )
-    feature = feature.astype(np.float32)
+
+    def tell(kind: str, action: str, at: np.ndarray) -> None:
+        if len(at):
+            places = tuple(f"{raw.source} item {raw_id[i]}" for i in at[:SHOWN])
+            found.append(Problem(kind, len(at), action, places))
+
+    raw_id, feature = np.asarray(raw.raw_id, str), feature.astype(np.float32)
+    first = np.sort(np.unique(raw_id, return_index=True)[1])
+    tell(f"duplicate_{modality}_feature", "dropped", np.setdiff1d(np.arange(len(raw_id)), first))
+    raw_id, feature = raw_id[first], feature[first]
     finite = np.isfinite(feature).all(axis=1)
-    if not finite.all():
-        bad = np.flatnonzero(~finite)
-        places = tuple(f"{raw.source} item {raw.raw_id[i]}" for i in bad[:SHOWN])
-        found.append(Problem(f"non_finite_{modality}_feature", len(bad), "masked", places))
+    tell(f"non_finite_{modality}_feature", "masked", np.flatnonzero(~finite))
     feature_NF = np.zeros((len(raw_id_N), feature.shape[1]), np.float32)
     present_N = np.zeros(len(raw_id_N), bool)
-    at = np.minimum(np.searchsorted(raw_id_N[1:], raw.raw_id), max(len(raw_id_N) - 2, 0))
-    use = finite & (raw_id_N[1:][at] == raw.raw_id)
+    at = np.minimum(np.searchsorted(raw_id_N[1:], raw_id), max(len(raw_id_N) - 2, 0))
+    known = raw_id_N[1:][at] == raw_id
+    # Also what was filtered has no item any more, so this is no fault of the file.
+    tell(f"{modality}_of_unknown_item", "ignored", np.flatnonzero(~known))
+    use = finite & known
     feature_NF[at[use] + 1] = feature[use]
     present_N[at[use] + 1] = True
     missing = int((~present_N[1:]).sum())

@@ -11,6 +11,7 @@ from marsjax.data.cleaning import SHOWN, RawFeatures
 from marsjax.records import Problem
 
 ID_KEYS = ("item_id", "movie_id", "id")
+TAIL = 1024  # bytes: the end of an image, and what some programs pad it with
 
 
 def read_features(path: pathlib.Path, *, item_ids: np.ndarray | None = None) -> RawFeatures:
@@ -43,25 +44,28 @@ def read_features(path: pathlib.Path, *, item_ids: np.ndarray | None = None) -> 
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise ValueError(f"{path}: the file is damaged or truncated ({error}); write it again") from error
     if path.suffix in (".parquet", ".pq"):
-        from marsjax.data.tabular import read_table
+        from marsjax.data.tabular import read_ids, read_table
 
         table = read_table(path)
-        ids = next((key for key in ID_KEYS if key in table), None)
-        if ids is None or "embedding" not in table:
+        names = table.column_names
+        ids = next((key for key in ID_KEYS if key in names), None)
+        if ids is None or "embedding" not in names:
             raise ValueError(
-                f"{path}: expected columns embedding and one of {', '.join(ID_KEYS)}, found {', '.join(table)}"
+                f"{path}: expected columns embedding and one of {', '.join(ID_KEYS)}, found {', '.join(names)}"
             )
-        widths = {len(vector) for vector in table["embedding"]}
+        vectors = table["embedding"].to_numpy()
+        widths = {len(vector) for vector in vectors}
         if len(widths) > 1:
             raise ValueError(f"{path}: expected vectors of one width, found widths {sorted(widths)[:5]}")
-        return RawFeatures(table[ids].astype(str), np.stack(list(table["embedding"])), path.name)
+        return RawFeatures(read_ids(table[ids], ids, path).strings(), np.stack(list(vectors)), path.name)
     raise ValueError(f"{path}: expected .npz, .npy or .parquet, found {path.suffix or 'no ending'}")
 
 
 def image_folder_problems(folder: pathlib.Path, item_ids: np.ndarray) -> list[Problem]:
     """Which items have no image in `folder` (ID.jpg, .jpeg or .png) and which images are cut off.
 
-    Only the first and last bytes are read: a whole JPEG ends with its end marker and a whole PNG with IEND.
+    Only the first and last bytes are read: a whole JPEG ends with its end marker and a whole PNG with IEND. The images
+    are looked at and not used (vectors are made elsewhere), so a cut one is noted, and no feature goes with it.
 
     Raises ValueError where the folder does not exist.
     """
@@ -75,12 +79,15 @@ def image_folder_problems(folder: pathlib.Path, item_ids: np.ndarray) -> list[Pr
     if missing:
         problems.append(Problem("missing_image", len(missing), "kept", tuple(f"item {i}" for i in missing[:SHOWN])))
     if broken:
-        problems.append(Problem("truncated_image", len(broken), "masked", tuple(broken[:SHOWN])))
+        problems.append(Problem("truncated_image", len(broken), "noted", tuple(broken[:SHOWN])))
     return problems
 
 
 def _is_whole(path: pathlib.Path) -> bool:
-    data = path.read_bytes()
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return b"IEND" in data[-64:]
-    return data.startswith(b"\xff\xd8") and data.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")
+    with path.open("rb", buffering=0) as file:
+        head = file.read(8)
+        file.seek(max(path.stat().st_size - TAIL, 0))
+        tail = file.read(TAIL)
+    if head == b"\x89PNG\r\n\x1a\n":
+        return b"IEND" in tail[-64:]
+    return head.startswith(b"\xff\xd8") and tail.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")

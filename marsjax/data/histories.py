@@ -8,11 +8,15 @@ from marsjax.records import Histories
 
 
 def gather_histories(histories: Histories, user_Q: np.ndarray, end_Q: np.ndarray, *, cap: int) -> np.ndarray:
-    """The last `cap` history items before `end_Q` of each user, [Q, cap] int32, left-aligned and padded with 0."""
+    """The last `cap` history items before `end_Q` of each user, [Q, cap], left-aligned and padded with 0.
+
+    The type is that of `item_H`: int32 for items. Where times stand in their place it is int64, which the
+    milliseconds of our century need.
+    """
     length_Q = np.minimum(end_Q - histories.start_U1[user_Q], cap)
     column_1L = np.arange(cap)[None, :]
     inside_QL = column_1L < length_Q[:, None]
     at_QL = np.where(inside_QL, (end_Q - length_Q)[:, None] + column_1L, 0)
     if not len(histories.item_H):
-        return np.zeros(inside_QL.shape, np.int32)
-    return np.where(inside_QL, histories.item_H[at_QL], 0).astype(np.int32)
+        return np.zeros(inside_QL.shape, histories.item_H.dtype)
+    return np.where(inside_QL, histories.item_H[at_QL], 0)

@@ -6,19 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from marsjax.records import GROUP_NAMES, TEST, TRAIN, VALID, Dataset, Rows
+from marsjax.records import GROUP_NAMES, NEW, TEST, TRAIN, VALID, Dataset, Rows
 
 QUANTILES = (0, 10, 30, 50, 70, 90, 100)
 
 
 def statistics(dataset: Dataset, rows: Rows) -> dict[str, Any]:
-    """Counts, sparsity, label rate, activity, splits, groups, coverage and problems, ready for JSON."""
+    """Counts, sparsity, label rate, activity, splits, groups, coverage and problems, ready for JSON.
+
+    The group "new" is there only where some users have no training events.
+    """
     log, items = dataset.log, dataset.items
     length_U = np.diff(log.start_U1)
     n_users, n_items, n_events = len(length_U), len(items.raw_id_N) - 1, len(log.item_E)
     groups = {}
     for number, name in enumerate(GROUP_NAMES):
         member_U = rows.group_U == number
+        if number == NEW and not member_U.any():
+            continue
         train_U = rows.train_length_U[member_U]
         groups[name] = {
             "users": int(member_U.sum()),
@@ -69,8 +74,11 @@ def describe(dataset: Dataset, rows: Rows) -> str:
     ]
     for name, group in s["groups"].items():
         span = group["training_events"]
-        text = f"{span[0]} to {span[1]} training events" if span else "nobody"
-        lines.append(f"{name + '-active':<14}{group['users']:,} users, {text}")
+        if name == GROUP_NAMES[NEW]:
+            title, text = name, "no training events"
+        else:
+            title, text = f"{name}-active", f"{span[0]} to {span[1]} training events" if span else "nobody"
+        lines.append(f"{title:<14}{group['users']:,} users, {text}")
     for name, modality in s["modalities"].items():
         lines.append(
             f"{name:<14}{modality['width']} features; {100 * modality['items']:.1f}% of items, "

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from marsjax.data.cleaning import RawItems, build_dataset
+from marsjax.data.cleaning import Ids, RawItems, build_dataset
 from marsjax.data.feature_files import image_folder_problems, read_features
 from marsjax.records import Dataset, Problem
 
@@ -69,8 +69,8 @@ def load_movielens(
     named = {"text": text_features, "image": image_features}
     return build_dataset(
         name="ml1m",
-        user_R=value_R4[:, 0].astype(str),
-        item_R=value_R4[:, 1].astype(str),
+        user_R=_ids(value_R4[:, 0]),
+        item_R=_ids(value_R4[:, 1]),
         label_R=value_R4[:, 2].astype(np.float64),
         time_R=value_R4[:, 3],
         where=lambda row_R: [f"ratings.dat:{row + 1}" for row in row_R],
@@ -81,6 +81,11 @@ def load_movielens(
         strict=strict,
         problems=problems,
     )
+
+
+def _ids(number_R: np.ndarray) -> Ids:
+    number_X, code_R = np.unique(number_R, return_inverse=True)
+    return Ids(code_R, number_X.astype(str))
 
 
 def _read(folder: pathlib.Path, name: str) -> bytes:

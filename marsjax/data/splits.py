@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from marsjax.records import HIGH, LOW, MIDDLE, TEST, TRAIN, VALID, Histories, Log, Rows
+from marsjax.records import HIGH, LOW, MIDDLE, NEW, TEST, TRAIN, VALID, Histories, Log, Rows
 
 
 def make_rows(
@@ -18,15 +18,19 @@ def make_rows(
     history: str = "all",
     seed: int = 0,
 ) -> Rows:
-    """Splits a log and tells what each event may see: only what its user did strictly before it.
+    """Splits a log and tells what each event may see: only what stands before it among its user's events.
+
+    They stand in time order, and those of the same instant in the order of the file, so the history of an event holds
+    what the user did at the same instant where the file has it earlier.
 
     Args:
         split: "leave_one_out" (the last event of a user is test and the one before validation; a user of fewer than 3
             events is all training), "last_fraction" (the last `fraction_test` of each user is test, at least one event
             of a user with 5 or more, and `fraction_valid` before it validation; a user of fewer than 5 is all
             training), or "global_time" (quantiles of the time of all events; one moment is never divided).
-        low_fraction, high_fraction: shares of the users that are low- and high-active, by the number of training
-            events. Exact counts: ties are broken by a permutation seeded with `seed`.
+        low_fraction, high_fraction: shares of the users with training events that are low- and high-active, by the
+            number of these. Exact counts: ties are broken by a permutation seeded with `seed`. Users without training
+            events, as "global_time" has them, are a group of their own.
         history: "all" events, or "positives" only.
 
     Raises:
@@ -90,14 +94,17 @@ def _histories(log: Log, user_E: np.ndarray, train_length_U: np.ndarray, history
 
 
 def activity_groups(train_length_U: np.ndarray, *, low_fraction: float, high_fraction: float, seed: int) -> np.ndarray:
-    """LOW, MIDDLE or HIGH for each user, [U] int8: exact shares of the users ranked by training events.
+    """LOW, MIDDLE, HIGH or NEW for each user, [U] int8: exact shares of the users ranked by training events.
 
     In 5-core data a third of the users share the least length, so a threshold would miss the 30% by far; the rank
-    with seeded ties does not.
+    with seeded ties does not. Users without training events are NEW and take no part in the ranking: they have no
+    history to be augmented, and would fill the low-active group where a split by time leaves many of them.
     """
-    n_users = len(train_length_U)
-    order_U = np.lexsort((np.random.default_rng(seed).permutation(n_users), train_length_U))
-    group_U = np.full(n_users, MIDDLE, np.int8)
-    group_U[order_U[: int(round(low_fraction * n_users))]] = LOW
-    group_U[order_U[n_users - int(round(high_fraction * n_users)) :]] = HIGH
+    order_U = np.lexsort((np.random.default_rng(seed).permutation(len(train_length_U)), train_length_U))
+    ranked_U = order_U[train_length_U[order_U] > 0]
+    n_ranked = len(ranked_U)
+    group_U = np.full(len(train_length_U), NEW, np.int8)
+    group_U[ranked_U] = MIDDLE
+    group_U[ranked_U[: int(round(low_fraction * n_ranked))]] = LOW
+    group_U[ranked_U[n_ranked - int(round(high_fraction * n_ranked)) :]] = HIGH
     return group_U

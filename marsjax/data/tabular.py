@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 
-from marsjax.data.cleaning import RawItems, build_dataset
+from marsjax.data.cleaning import Ids, RawItems, build_dataset
 from marsjax.records import Dataset
+
+Table = Any  # pyarrow.Table; the package may be missing, so its types have no name here
+Column = Any  # pyarrow.ChunkedArray
 
 
 def load_tabular(
@@ -26,6 +30,10 @@ def load_tabular(
 ) -> Dataset:
     """Reads one row an interaction, and optionally one row an item.
 
+    Ids, titles and categories of a CSV are text: "007" is not 7, and what is empty is missing. Integer times stay as
+    they are. Floats (of seconds) and timestamps become whole seconds or, where any of them has a fraction,
+    microseconds, all of them; a timestamp's parts of a microsecond are cut.
+
     Args:
         columns: our names (user, item, label, time; of the items file item, title, categories) -> the files' names.
         features: modality -> file of vectors, see `feature_files.read_features`.
@@ -38,28 +46,31 @@ def load_tabular(
     """
     from marsjax.data.feature_files import image_folder_problems, read_features
 
-    events = read_table(events_path)
-    for ours in ("user", "item", "label", "time"):
-        _need(events, columns.get(ours, ours), ours, events_path)
+    named = {ours: columns.get(ours, ours) for ours in ("user", "item", "label", "time")}
+    events = read_table(events_path, text=(named["user"], named["item"]))
+    user, item, label, time = (_need(events, theirs, ours, events_path) for ours, theirs in named.items())
+    item_ids = read_ids(item, "item", events_path)
     items = None
     if items_path is not None:
-        table = read_table(items_path)
-        raw_id = _ids(_need(table, columns.get("item", "item"), "item", items_path))
-        blank = np.full(len(raw_id), "")
-        title = _ids(_need(table, columns["title"], "title", items_path)) if "title" in columns else blank
-        names = (
-            _ids(_need(table, columns["categories"], "categories", items_path)) if "categories" in columns else blank
-        )
-        items = RawItems(raw_id, title, [str(name).split(category_separator) if name else [] for name in names])
-    item_R = _ids(events[columns.get("item", "item")])
-    known = items.raw_id if items is not None else np.unique(item_R)
+        named = {"item": named["item"]} | {ours: columns[ours] for ours in ("title", "categories") if ours in columns}
+        table = read_table(items_path, text=named.values())
+        strings = {
+            ours: read_ids(_need(table, theirs, ours, items_path), ours, items_path).strings()
+            for ours, theirs in named.items()
+        }
+        blank = np.full(table.num_rows, "")
+        categories = [
+            str(names).split(category_separator) if names else [] for names in strings.get("categories", blank)
+        ]
+        items = RawItems(strings["item"], strings.get("title", blank), categories)
+    known = items.raw_id if items is not None else np.unique(item_ids.name_X[item_ids.name_X != ""])
     problems = image_folder_problems(image_folder, known) if image_folder is not None else []
     return build_dataset(
         name=pathlib.Path(events_path).stem,
-        user_R=_ids(events[columns.get("user", "user")]),
-        item_R=item_R,
-        label_R=_numbers(events[columns.get("label", "label")], "label", events_path),
-        time_R=_numbers(events[columns.get("time", "time")], "time", events_path),
+        user_R=read_ids(user, "user", events_path),
+        item_R=item_ids,
+        label_R=_numbers(label, "label", events_path),
+        time_R=_times(time, events_path),
         where=lambda row_R: [f"{pathlib.Path(events_path).name} row {row + 1}" for row in row_R],
         items=items,
         features={
@@ -74,8 +85,16 @@ def load_tabular(
     )
 
 
-def read_table(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Columns of a Parquet or CSV file; missing strings are None, missing numbers NaN, times seconds."""
+def read_table(path: pathlib.Path, *, text: Collection[str] = ()) -> Table:
+    """A Parquet or CSV file as a pyarrow.Table. Types of CSV columns are guessed, save those in `text`, which are text.
+
+    Programs that hold ids with gaps as floats leave "1.0", "" or "nan", and "2.0" in a CSV. So in a column in `text`
+    that holds only numbers and gaps, a gap is "", and if every number ends in ".0" it loses that.
+
+    Raises:
+        ValueError: the file is missing, damaged, or of another kind.
+        ImportError: pyarrow is not installed.
+    """
     try:
         import pyarrow
         import pyarrow.csv
@@ -87,50 +106,96 @@ def read_table(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: expected a Parquet or CSV file, found none")
     try:
         if path.suffix in (".parquet", ".pq"):
-            table = pyarrow.parquet.read_table(path)
-        elif path.suffix in (".csv", ".tsv"):
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            table = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter))
-        else:
-            raise ValueError(f"{path}: expected .parquet, .csv or .tsv, found {path.suffix or 'no ending'}")
+            return pyarrow.parquet.read_table(path)
+        if path.suffix in (".csv", ".tsv"):
+            table = pyarrow.csv.read_csv(
+                path,
+                parse_options=pyarrow.csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ","),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(text, pyarrow.string())),
+            )
+            for position, name in enumerate(table.column_names):
+                if name in text:
+                    table = table.set_column(position, name, _tidy(table.column(position)))
+            return table
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: the file is damaged, truncated or of another format ({error})") from error
-    out = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        if pyarrow.types.is_timestamp(column.type) or pyarrow.types.is_date(column.type):
-            missing = column.is_null().to_numpy(zero_copy_only=False)
-            seconds = column.cast(pyarrow.timestamp("us")).cast(pyarrow.int64()).fill_null(0).to_numpy() / 1e6
-            out[name] = np.where(missing, np.nan, seconds)
-        elif pyarrow.types.is_boolean(column.type):
-            out[name] = column.cast(pyarrow.int8()).to_numpy()
-        else:
-            out[name] = column.to_numpy()
-    return out
+    raise ValueError(f"{path}: expected .parquet, .csv or .tsv, found {path.suffix or 'no ending'}")
 
 
-def _need(table: Mapping[str, np.ndarray], column: str, ours: str, path: pathlib.Path) -> np.ndarray:
-    if column not in table:
+def _tidy(column: Column) -> Column:
+    import pyarrow
+    import pyarrow.compute as pc
+    import pyarrow.csv
+
+    gap = pc.is_in(column, value_set=pyarrow.array(pyarrow.csv.ConvertOptions().null_values))
+    number = pc.match_substring_regex(column, r"^-?[0-9]+(\.[0-9]+)?$")
+    if not (pc.all(pc.or_(gap, number)).as_py() and pc.any(number).as_py()):
+        return column
+    column = pc.if_else(gap, "", column)
+    if pc.all(pc.or_(gap, pc.ends_with(column, ".0"))).as_py():
+        return pc.replace_substring_regex(column, r"\.0$", "")
+    return column
+
+
+def _need(table: Table, column: str, ours: str, path: pathlib.Path) -> Column:
+    if table.column_names.count(column) != 1:
         raise ValueError(
-            f"{path}: expected a column {column!r} for {ours}, found {', '.join(table)}; map it with "
+            f"{path}: expected one column {column!r} for {ours}, found {', '.join(table.column_names)}; map it with "
             f"--config.data.columns.{ours}=NAME"
         )
     return table[column]
 
 
-def _ids(column: np.ndarray) -> np.ndarray:
-    """Ids as strings; missing ones are ""; whole floats (a pandas column with gaps) lose their .0."""
-    if column.dtype.kind in "iu":
-        return column.astype(str)
-    if column.dtype.kind == "f":
-        missing = ~np.isfinite(column)
-        whole = np.where(missing, 0, column)
-        text = whole.astype(np.int64).astype(str) if (whole == np.floor(whole)).all() else whole.astype(str)
-        return np.where(missing, "", text)
-    missing = np.array([value is None for value in column], bool)
-    return np.where(missing, "", column).astype(str)
+def read_ids(column: Column, ours: str, path: pathlib.Path) -> Ids:
+    """Ids, titles or categories as text; missing ones are "".
+
+    The names are made text by Arrow, for NumPy would take whole numbers with gaps through floats, which merge those
+    from 2^53 on. Floats that all are whole (a pandas column with gaps) lose their ".0".
+
+    Raises:
+        ValueError: the column holds lists or the like.
+    """
+    import pyarrow
+
+    try:
+        encoded = column.dictionary_encode().combine_chunks()
+        names = encoded.dictionary
+        if pyarrow.types.is_floating(names.type):
+            value_X = names.to_numpy(zero_copy_only=False)
+            missing_X = ~np.isfinite(value_X)
+            value_X = np.where(missing_X, 0, value_X)
+            whole = (value_X % 1 == 0).all() and (np.abs(value_X).astype(np.float64) < 2**63).all()
+            name_X = np.where(missing_X, "", (value_X.astype(np.int64) if whole else value_X).astype(str))
+        else:
+            name_X = np.array(names.cast(pyarrow.string()).fill_null("").to_pylist(), str)
+        code_R = encoded.indices.cast(pyarrow.int64()).fill_null(len(name_X)).to_numpy(zero_copy_only=False)
+    except pyarrow.ArrowException as error:
+        raise ValueError(
+            f"{path}: expected text or numbers for {ours}, found {column.type} ({error}); write it as text"
+        ) from error
+    return Ids(code_R, np.append(name_X, ""))
 
 
-def _numbers(column: np.ndarray, ours: str, path: pathlib.Path) -> np.ndarray:
-    if column.dtype.kind in "iufb":
-        return column
-    raise ValueError(f"{path}: expected numbers (or timestamps) for {ours}, found {column[:3].tolist()}")
+def _times(column: Column, path: pathlib.Path) -> np.ndarray:
+    """Times without a way through floats where Arrow has them exactly; missing are NaT, NaN or the least int64."""
+    import pyarrow
+    import pyarrow.compute
+
+    kind = column.type
+    if pyarrow.types.is_timestamp(kind) or pyarrow.types.is_date(kind):
+        micro = pyarrow.compute.CastOptions(target_type=pyarrow.timestamp("us"), allow_time_truncate=True)
+        return pyarrow.compute.cast(column, options=micro).to_numpy()
+    if pyarrow.types.is_integer(kind) and not pyarrow.types.is_uint64(kind):
+        return column.cast(pyarrow.int64()).fill_null(np.iinfo(np.int64).min).to_numpy()
+    return _numbers(column, "time", path)
+
+
+def _numbers(column: Column, ours: str, path: pathlib.Path) -> np.ndarray:
+    """Numbers, with NaN where they are missing."""
+    import pyarrow
+
+    values = (column.cast(pyarrow.int8()) if pyarrow.types.is_boolean(column.type) else column).to_numpy()
+    if values.dtype.kind in "iuf":
+        return values
+    kind = "numbers or timestamps" if ours == "time" else "numbers or booleans"
+    raise ValueError(f"{path}: expected {kind} for {ours}, found {values[:3].tolist()}")

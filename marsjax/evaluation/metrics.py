@@ -98,14 +98,17 @@ def logloss(label_B: np.ndarray, score_B: np.ndarray) -> float:
 
 
 def calibration_error(label_B: np.ndarray, score_B: np.ndarray, *, n_bins: int = 15) -> float:
-    """Expected calibration error over bins of equal mass: mean |mean score - mean label|; nan without rows."""
+    """Expected calibration error over bins of equal mass: mean |mean score - mean label|; nan without rows.
+
+    Rows of one score share a bin, whose mass then differs: the bin of their middle rank.
+    """
     label_B, score_B = _checked(label_B, score_B)
     if not len(label_B):
         return np.nan
-    order_B = np.argsort(score_B, kind="stable")
-    bin_B = np.arange(len(order_B)) * n_bins // len(order_B)
-    gap_B = score_B[order_B].astype(np.float64) - label_B[order_B]
-    return float(np.abs(np.bincount(bin_B, weights=gap_B)).sum() / len(order_B))
+    _, tie_B, count_T = np.unique(score_B, return_inverse=True, return_counts=True)
+    middle_T = np.cumsum(count_T) - (count_T + 1) / 2
+    bin_B = (middle_T * n_bins // len(score_B)).astype(np.int64)[tie_B]
+    return float(np.abs(np.bincount(bin_B, weights=score_B.astype(np.float64) - label_B)).sum() / len(score_B))
 
 
 def relative_improvement(auc_value: float, base: float) -> float:
@@ -134,8 +137,13 @@ def summarise(predictions: Predictions) -> dict[str, dict[str, float]]:
             "rows": float(len(label_B)),
             "users": float(len(np.unique(user_B))),
             "positive_rate": float(label_B.mean()) if len(label_B) else np.nan,
+            "lent": _mean(predictions.lent_B, keep_B),
         }
     return out
+
+
+def _mean(value_B: np.ndarray | None, keep_B: np.ndarray) -> float:
+    return 0.0 if value_B is None or not keep_B.any() else float(value_B[keep_B].mean())
 
 
 def _checked(label_B: np.ndarray, score_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import pathlib
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from marsjax import files
 from marsjax.evaluation.metrics import relative_improvement, summarise
-from marsjax.evaluation.significance import paired_bootstrap, t_test_paired
+from marsjax.evaluation.significance import holm, paired_bootstrap, t_test_paired
 from marsjax.records import GROUP_NAMES, Predictions
 
 GROUPS = ("all", *GROUP_NAMES)
-COMPARED = ("auc", "gauc")  # metrics whose difference to the base is tested
+COMPARED = ("auc", "gauc")  # metrics whose difference is tested
+ENOUGH_SEEDS = 5  # with fewer, no difference is claimed
 
 
 def quality_rows(
@@ -53,7 +50,9 @@ def quality_rows(
     rows = []
     for method, seeds in results.items():
         for number, group in enumerate(GROUPS, start=-1):
-            keep_B = np.ones(len(first.user_B), bool) if number < 0 else first.group_B == number
+            keep_B = _members(first, number)
+            if not keep_B.any() and group not in GROUPS[:4]:
+                continue
             for metric in summaries[method][0][group]:
                 value_S = [summary[group][metric] for summary in summaries[method]]
                 row: dict[str, Any] = {
@@ -70,26 +69,80 @@ def quality_rows(
                 }
                 if metric in COMPARED and method != base and base in results and keep_B.any():
                     base_S = [summary[group][metric] for summary in summaries[base]]
-                    interval = paired_bootstrap(
-                        first.user_B[keep_B],
-                        first.label_B[keep_B],
-                        np.stack([p.score_B[keep_B] for p in seeds]),
-                        np.stack([p.score_B[keep_B] for p in results[base]]),
-                        metric=metric,
-                        n_resamples=n_resamples,
-                        seed=seed,
-                    )
-                    row |= {
-                        "p_vs_base": interval.p_value,
-                        "difference": interval.difference,
-                        "low": interval.low,
-                        "high": interval.high,
-                        "p_t_test": t_test_paired(value_S, base_S) if len(value_S) == len(base_S) else None,
-                    }
+                    test = _test(seeds, results[base], value_S, base_S, keep_B, metric, n_resamples, seed)
+                    row |= {"p_vs_base": test.pop("p"), **test}
                     if metric == "auc":
                         row["rela_impr"] = relative_improvement(row["mean"], float(np.mean(base_S)))
                 rows.append({name: _clean(value) for name, value in row.items()})
     return rows
+
+
+def comparisons(
+    results: Mapping[str, Sequence[Predictions]],
+    *,
+    method: str = "mars",
+    apart_from: Sequence[str] = ("base", "best_possible"),
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """`method` against every other method that lends, for all and for low-active users; empty where it is not there.
+
+    Keys: method, against, group, metric, difference, low, high (95%), p (paired bootstrap over users), p_holm (p
+    adjusted for the number of methods compared with, Holm) and p_t_test (over seeds). Undefined values are None.
+    """
+    if method not in results:
+        return []
+    first = results[method][0]
+    others = [name for name in results if name != method and name not in apart_from]
+    rows = []
+    for number, group in ((-1, "all"), (0, GROUP_NAMES[0])):
+        keep_B = _members(first, number)
+        for metric in COMPARED:
+            family = []
+            for other in others:
+                value_S, other_S = (
+                    [summarise(p)[group][metric] for p in results[name]] for name in (method, other)
+                )  # fmt: skip
+                if not keep_B.any() or not np.isfinite([*value_S, *other_S]).all():
+                    continue
+                test = _test(results[method], results[other], value_S, other_S, keep_B, metric, n_resamples, seed)
+                family.append({"method": method, "against": other, "group": group, "metric": metric} | test)
+            adjusted = holm([row["p"] for row in family])
+            rows += [row | {"p_holm": float(p)} for row, p in zip(family, adjusted, strict=True)]
+    return [{name: _clean(value) for name, value in row.items()} for row in rows]
+
+
+def _members(predictions: Predictions, group: int) -> np.ndarray:
+    """The rows of a group; -1 is all."""
+    return np.ones(len(predictions.user_B), bool) if group < 0 else predictions.group_B == group
+
+
+def _test(
+    seeds: Sequence[Predictions],
+    other: Sequence[Predictions],
+    value_S: Sequence[float],
+    other_S: Sequence[float],
+    keep_B: np.ndarray,
+    metric: str,
+    n_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    interval = paired_bootstrap(
+        seeds[0].user_B[keep_B],
+        seeds[0].label_B[keep_B],
+        np.stack([p.score_B[keep_B] for p in seeds]),
+        np.stack([p.score_B[keep_B] for p in other]),
+        metric=metric,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+    return {
+        "difference": interval.difference,
+        "low": interval.low,
+        "high": interval.high,
+        "p": interval.p_value,
+        "p_t_test": t_test_paired(value_S, other_S) if len(value_S) == len(other_S) else None,
+    }
 
 
 def _clean(value: Any) -> Any:
@@ -97,9 +150,10 @@ def _clean(value: Any) -> Any:
 
 
 def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table of methods; a group AUC that no user has is left out."""
+    """Header and lines of the table of methods; a metric that no method has is left out."""
     by_key = {(row["method"], row["group"], row["metric"]): row for row in rows}
     wanted = [("auc", "all"), ("auc", "low"), ("gauc", "all"), ("gauc", "low"), ("logloss", "all"), ("ece", "all")]
+    wanted.append(("lent", "low"))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     wanted = [(metric, group) for metric, group in wanted if by_key[methods[0], group, metric]["mean"] is not None]
     header = ["method"]
@@ -113,33 +167,54 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
         for metric, group in wanted:
             row = by_key[method, group, metric]
             spread = f" ± {row['std']:.4f}" if row["seeds"] > 1 else ""
-            line.append("-" if row["mean"] is None else f"{row['mean']:.4f}{spread}")
+            if metric == "lent":
+                line.append(f"{row['mean']:.1f}")
+            else:
+                line.append("-" if row["mean"] is None else f"{row['mean']:.4f}{spread}")
             if metric in COMPARED:
                 known = row.get("difference") is not None
-                line.append(
-                    f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], {row['p_vs_base']:.3f}"
-                    if known
-                    else ""
-                )
+                line.append(_difference(row, row["p_vs_base"]) if known else "")
         lines.append(line)
     return header, lines
 
 
-def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _difference(row: Mapping[str, Any], p: float) -> str:
+    """+0.0131 [+0.0049, +0.0224], p 0.006, t 0.063: the p-values of the bootstrap and of the t-test."""
+    by_seeds = "" if row["p_t_test"] is None else f", t {row['p_t_test']:.3f}"
+    return f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], p {p:.3f}{by_seeds}"
+
+
+def comparison_cells(compared: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table of comparisons."""
+    columns = list(dict.fromkeys((row["metric"], row["group"]) for row in compared))
+    by_key = {(row["against"], row["metric"], row["group"]): row for row in compared}
+    header = [f"{compared[0]['method']} less", *(f"{metric} {group} [95%], Holm's p" for metric, group in columns)]
+    return header, [
+        [other, *(_difference(row, row["p_holm"]) if (row := by_key.get((other, *column))) else "-"
+                  for column in columns)]
+        for other in dict.fromkeys(row["against"] for row in compared)
+    ]  # fmt: skip
+
+
+def as_table(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]] = ()) -> str:
     """Plain text for a terminal."""
-    header, lines = cells(rows)
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    text = [
-        "  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)) for line in [header, *lines]
-    ]
-    return "\n".join(line.rstrip() for line in [_title(rows), text[0], "-" * len(text[0]), *text[1:]])
+    text = [_title(rows)]
+    for header, lines in [cells(rows)] + ([comparison_cells(compared)] if compared else []):
+        widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+        padded = [
+            "  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip()
+            for line in [header, *lines]
+        ]
+        text += [padded[0], "-" * len(padded[0]), *padded[1:], ""]
+    return "\n".join(text[:-1])
 
 
-def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table."""
-    header, lines = cells(rows)
-    text = [header, ["---"] * len(header), *lines]
-    return _title(rows) + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in text) + "\n"
+def as_markdown(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Markdown tables."""
+    text = [_title(rows), ""]
+    for header, lines in [cells(rows)] + ([comparison_cells(compared)] if compared else []):
+        text += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)] + [""]
+    return "\n".join(text)
 
 
 def _title(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -148,7 +223,8 @@ def _title(rows: Sequence[Mapping[str, Any]]) -> str:
     first = rows[0]
     return (
         f"{first['dataset']}, {first['split']}, {first['seeds']} seed(s); {count:.0f} test rows, {low:.0f} of "
-        "low-active users; intervals and p: paired bootstrap over users"
+        "low-active users; intervals and p: paired bootstrap over users; t: p of a t-test over seeds; lent: borrowed "
+        "items a row" + ("" if first["seeds"] >= ENOUGH_SEEDS else f"; fewer than {ENOUGH_SEEDS} seeds: no claim")
     )
 
 
@@ -160,38 +236,11 @@ def write_results(
     machine: str,
     wall_seconds: float,
     rows: Sequence[Mapping[str, Any]],
+    **more: Any,
 ) -> None:
-    """Writes results as JSON: what was run, where, how long, and the rows."""
+    """Writes results as JSON: what was run, where, how long, the rows, and what else is given by name."""
     files.write_json(
         path,
-        {"command": command, "commit": commit, "machine": machine, "wall_seconds": wall_seconds, "rows": list(rows)},
+        {"command": command, "commit": commit, "machine": machine, "wall_seconds": wall_seconds, "rows": list(rows)}
+        | more,
     )
-
-
-def machine_description() -> str:
-    """Processor, cores, memory and versions, without names."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    devices = ", ".join(sorted({device.device_kind for device in jax.local_devices()}))
-    return (
-        f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, devices: {devices}; Python {platform.python_version()}, "
-        f"jax {jax.__version__}, numpy {np.__version__}"
-    )
-
-
-def current_commit(folder: pathlib.Path) -> str:
-    """The git commit of the code, with "+changes" where tracked files differ from it; "unknown" outside git."""
-    try:
-        commit, changes = (
-            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+changes" if changes else "")

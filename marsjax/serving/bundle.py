@@ -10,7 +10,10 @@ index/            the index over their vectors, less that vector
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
+import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,8 +25,10 @@ import numpy as np
 from marsjax import __version__, files
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import make_backbone
-from marsjax.records import CtrBatch, ItemTables
+from marsjax.records import Augmentation, CtrBatch, ItemTables, Log, Rows
 from marsjax.training import checkpoint
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "usearch")
@@ -73,6 +78,39 @@ class Request(NamedTuple):
     time: int | None = None  # for time-safe borrowing
 
 
+def latest_users(log: Log, rows: Rows, augmentation: Augmentation | None, user_UD: np.ndarray) -> Users:
+    """Users with their latest histories, and what they borrow through their whole training history."""
+    n_users = len(rows.group_U)
+    count_U, slot_S = np.zeros(n_users, np.int64), np.zeros(0, np.int64)
+    items, times = np.zeros(0, np.int32), np.zeros(0, np.int64)
+    if augmentation is not None and len(augmentation.queries.user_Q):
+        user_Q, start_Q1 = augmentation.queries.user_Q, augmentation.borrowed.start_Q1
+        # Queries are sorted by user and end: the last of a user is the one with the whole training history.
+        last_Q = np.flatnonzero(np.append(user_Q[1:] != user_Q[:-1], True))
+        length_X = np.diff(start_Q1)[last_Q]
+        count_U[user_Q[last_Q]] = length_X
+        slot_S = np.repeat(start_Q1[last_Q] - (np.cumsum(length_X) - length_X), length_X) + np.arange(length_X.sum())
+        items, times = augmentation.borrowed.item_S[slot_S], augmentation.borrowed.time_S[slot_S]
+    return Users(
+        raw_user_U=log.raw_user_U,
+        group_U=rows.group_U,
+        user_UD=user_UD,
+        start_U1=rows.histories.start_U1,
+        item_H=rows.histories.item_H,
+        borrowed_U1=np.concatenate([[0], np.cumsum(count_U)]),
+        borrowed_item_S=items,
+        borrowed_time_S=times,
+    )
+
+
+def need_new(folder: pathlib.Path) -> None:
+    """Raises ValueError where `folder` exists."""
+    if pathlib.Path(folder).exists():
+        raise ValueError(
+            f"{folder}: expected a folder that does not exist yet, since bundles never change; give another"
+        )
+
+
 def write_bundle(
     folder: pathlib.Path,
     *,
@@ -91,11 +129,7 @@ def write_bundle(
         ValueError: `folder` exists.
         OSError: the disk is full; nothing is left behind.
     """
-    folder = pathlib.Path(folder)
-    if folder.exists():
-        raise ValueError(
-            f"{folder}: expected a folder that does not exist yet, since bundles never change; give another"
-        )
+    need_new(folder)
     with files.write_folder(folder) as partial:
         checkpoint.save_params(partial / "ctr", ctr)
         checkpoint.save_params(partial / "alignment", alignment)
@@ -110,7 +144,7 @@ def write_bundle(
             "config": dict(config),
             "sha256": {path.relative_to(partial).as_posix(): files.sha256_file(path) for path in _files(partial)},
         }
-        files.write_json(partial / "manifest.json", manifest)
+        files.write_json(partial / "manifest.json", manifest | {"sum": _sum(manifest)})
 
 
 def load_bundle(folder: pathlib.Path) -> Bundle:
@@ -125,6 +159,12 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
     manifest = files.read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{folder / 'manifest.json'}: expected a bundle of format {FORMAT}; export it again")
+    expected, found = manifest.pop("sum", "no sum"), _sum(manifest)
+    if found != expected:
+        raise ValueError(
+            f"{folder / 'manifest.json'}: expected a content of sha256 {expected}, found {found}; the bundle is damaged "
+            "or was changed, export it again"
+        )
     present = {path.relative_to(folder).as_posix() for path in _files(folder)} - {"manifest.json"}
     if present != set(manifest["sha256"]):
         different = ", ".join(sorted(present ^ set(manifest["sha256"]))[:3])
@@ -147,7 +187,7 @@ def score(bundle: Bundle, requests: Sequence[Request], *, size: int = 256) -> li
     """Click probabilities of every request's items, [C] float32 each.
 
     An unknown user has no history of its own but the one given, and borrows nothing. Unknown history items are
-    passed over.
+    passed over, and counted in a warning.
 
     Raises:
         ValueError: a candidate that the bundle does not know; the message names it.
@@ -164,11 +204,13 @@ def score(bundle: Bundle, requests: Sequence[Request], *, size: int = 256) -> li
         row = int(np.searchsorted(np.cumsum(count_R), at, side="right"))
         raise ValueError(f"request {row + 1}: expected items that the bundle knows, found {name!r}; drop it")
     user_R = _user_numbers(bundle, [request.user for request in requests])
+    unknown = 0
     history_RL, borrowed_RL = np.zeros((len(requests), cap), np.int32), np.zeros((len(requests), cap), bool)
     for row, (request, user) in enumerate(zip(requests, user_R, strict=True)):
         own = users.item_H[users.start_U1[user] : users.start_U1[user + 1]] if user >= 0 else np.zeros(0, np.int32)
         if request.history is not None:
             own = _numbers(bundle, request.history)
+            unknown += int((own == 0).sum())
             own = own[own > 0]
         own = own[-cap:]
         lent = slice(users.borrowed_U1[user], users.borrowed_U1[user + 1]) if user >= 0 else slice(0, 0)
@@ -180,6 +222,8 @@ def score(bundle: Bundle, requests: Sequence[Request], *, size: int = 256) -> li
         history_RL[row, : len(items)] = items
         history_RL[row, len(items) : len(items) + len(own)] = own
         borrowed_RL[row, : len(items)] = items > 0
+    if unknown:
+        log.warning("%d history items of the requests are unknown to the bundle and were passed over", unknown)
     row_B = np.repeat(np.arange(len(requests)), count_R)
 
     def batches() -> Iterator[CtrBatch]:
@@ -197,6 +241,11 @@ def score(bundle: Bundle, requests: Sequence[Request], *, size: int = 256) -> li
     tables = ItemTables(bundle.items.category_NG)
     score_B = objective.score(bundle.model, bundle.params, bundle.statistics, tables, batches())
     return np.split(score_B, np.cumsum(count_R)[:-1])
+
+
+def _sum(manifest: Mapping[str, Any]) -> str:
+    """sha256 of the manifest's content, whatever its layout."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

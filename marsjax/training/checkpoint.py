@@ -76,7 +76,7 @@ def save(manager: Manager, step: int, state: PyTree, meta: dict[str, Any]) -> No
         manager.orbax.wait_until_finished()
     except Exception as error:
         for remains in (*manager.folder.glob("*.orbax-checkpoint-tmp*"), manager.folder / str(step)):
-            shutil.rmtree(remains, ignore_errors=True)
+            files.remove_folder(remains)
         if not _is_full(error):
             raise
         manager.orbax.reload()

@@ -127,8 +127,8 @@ def fit(
                 values = {name: float(np.ravel(value)[0]) for name, value in lifted.collect(metrics).items()}
                 if not math.isfinite(values["loss"]):
                     raise NonFiniteLoss(
-                        f"{title}: the loss of step {number} is {values['loss']}, expected a finite number. The last "
-                        f"checkpoint in {folder} is from before it; lower the learning rate, or look for extreme "
+                        f"{title}: the loss of step {number} is {values['loss']}, expected a finite number. What "
+                        f"{folder} holds is from before it; lower the learning rate, or look for extreme "
                         "features with `marsjax inspect`"
                     )
                 window.append(values)

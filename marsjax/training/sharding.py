@@ -78,7 +78,7 @@ def _pmap(step: StepFn, devices: list[jax.Device]) -> Lifted:
     by_device = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), (AXIS,)), jax.P(AXIS))
 
     def replicate(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda leaf: jax.device_put(np.stack([np.asarray(leaf)] * n), by_device), tree)
+        return jax.tree.map(lambda leaf: jax.device_put(np.broadcast_to(leaf, (n, *np.shape(leaf))), by_device), tree)
 
     def split(batch: PyTree) -> PyTree:
         parts = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), pad_rows(batch, n))
