@@ -1,4 +1,4 @@
-"""The alignment stage: no leakage, padding, missing modalities, and what the sign of the entropy does."""
+"""The alignment stage: the equations, no leakage, padding, missing modalities, what the sign of the entropy does."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,105 @@ def model():
     return net, net.init(jax.random.key(0), batch(), tables())["params"]
 
 
+GAPS = [("image", 3), ("text", 4), ("image", 5), ("text", 5)]
 WEIGHTS = alignment.AlignmentLoss(beta=0.1, lambda_=0.1, entropy_sign=1.0, eta=0.1, estimator="stein")
+
+
+class Equations:
+    """Eqs. 3-4 and 9-13 in float64 NumPy, for one history without padding at a time."""
+
+    def __init__(self, params, data, *, normalise, residual):
+        self.params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+        self.data, self.normalise, self.residual = jax.tree.map(np.asarray, data), normalise, residual
+
+    def project(self, name, item):
+        """Eq. 3; None where the item lacks the modality."""
+        if not self.data.present_N[name][item]:
+            return None
+        emb_D = self.data.feature_NF[name][item] @ self.params[f"project_{name}"]["kernel"]
+        return emb_D / np.sqrt((emb_D**2).mean()) if self.normalise else emb_D
+
+    def attend(self, name, query_TD, key_LD):
+        """softmax(Q K^T / sqrt(d)) V; zero without keys."""
+        query, key, value = (self.params[name][f"to_{part}"]["kernel"] for part in ("query", "key", "value"))
+        if not len(key_LD):
+            return np.zeros((len(query_TD), value.shape[1]))
+        exp_TL = np.exp((query_TD @ query) @ (key_LD @ key).T / np.sqrt(key.shape[1]))
+        return exp_TL / exp_TL.sum(axis=1, keepdims=True) @ (key_LD @ value)
+
+    def layer_norm(self, name, x_TD):
+        centred_TD = x_TD - x_TD.mean(axis=1, keepdims=True)
+        unit_TD = centred_TD / np.sqrt((centred_TD**2).mean(axis=1, keepdims=True) + 1e-6)
+        return unit_TD * self.params[name]["scale"] + self.params[name]["bias"]
+
+    def fused(self, items, text_items):
+        """Eqs. 9-10: images are the queries, the texts of `text_items` are keys and values."""
+        width = self.params["project_text"]["kernel"].shape[1]
+        image = [self.project("image", item) for item in items]
+        query_TD = np.stack([np.zeros(width) if emb_D is None else emb_D for emb_D in image])
+        key_LD = [emb_D for item in text_items if (emb_D := self.project("text", item)) is not None]
+        return self.layer_norm("fuse_norm", query_TD + self.attend("modal_attention", query_TD, np.array(key_LD)))
+
+    def items(self, fused_TD, history):
+        """Eq. 4, then Eq. 11."""
+        id_LD = self.params["item"][history]
+        attended_TD = self.attend("id_attention", fused_TD, self.attend("self_attention", id_LD, id_LD))
+        return self.layer_norm("residual_norm", fused_TD + attended_TD) if self.residual else attended_TD
+
+    def encode(self, history):
+        return self.items(self.fused(history, history), history)
+
+    def logit(self, history, target):
+        """Eq. 12; the target attends to its own text and to the ids of the history."""
+        item_1D = self.items(self.fused([target], [target]), history)
+        x, y = (self.params[name] for name in ("score_hidden", "score_out"))
+        hidden_1D = np.asarray(jax.nn.gelu(item_1D @ x["kernel"] + x["bias"]))
+        return (hidden_1D @ y["kernel"] + y["bias"])[0, 0]
+
+
+def moved(params, seed=0):
+    """Parameters away from their start: ids that attention tells apart, norms that scale and shift."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + rng.normal(scale=0.3, size=leaf.shape).astype(np.float32), params)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_encoder_equals_the_equations(normalise, residual):
+    net = encoder(normalise=normalise, residual=residual)
+    data, rows = tables(missing=GAPS), batch()
+    rows.history_BL[2] = [3, 9, 4, 5, 3, 0, 0]
+    rows.target_BT[2] = [3, 4, 5]
+    params = moved(jax.jit(net.init)(jax.random.key(0), rows, data)["params"])
+
+    @jax.jit
+    def run(params):
+        apply = lambda method, *arguments: net.apply({"params": params}, *arguments, data, method=method)  # noqa: E731
+        static_ND = apply("static", jnp.arange(N))
+        return *apply("encode", rows.history_BL), static_ND, apply("logits", rows.history_BL, rows.target_BT)
+
+    item_BLD, user_BD, static_ND, logit_BT = run(params)
+    by_hand = Equations(params, data, normalise=normalise, residual=residual)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    for row, padded_L in enumerate(rows.history_BL):
+        history = padded_L[padded_L > 0]
+        if len(history):
+            expected_LD = by_hand.encode(history)
+            np.testing.assert_allclose(item_BLD[row, : len(history)], expected_LD, **close)
+            np.testing.assert_allclose(user_BD[row], expected_LD.mean(axis=0), **close)  # Eq. 13
+            expected_T = [by_hand.logit(history, target) for target in rows.target_BT[row]]
+            np.testing.assert_allclose(logit_BT[row], expected_T, **close)
+    np.testing.assert_allclose(static_ND[1:], [by_hand.encode([item])[0] for item in range(1, N)], **close)
+
+
+def test_modality_vectors_lie_on_a_sphere(model):
+    """With `normalise` the root mean square is 1 whatever the scale of the features; absent vectors are zero."""
+    data = tables(missing=GAPS)
+    data = data._replace(feature_NF=data.feature_NF | {"image": 50 * data.feature_NF["image"]})
+    net, params = model
+    emb_ND, present_N = net.apply({"params": params}, "image", jnp.arange(N), data, method="modality")
+    np.testing.assert_array_equal(present_N, ~np.isin(np.arange(N), [0, 3, 5]))
+    np.testing.assert_allclose(np.sqrt((np.asarray(emb_ND) ** 2).mean(axis=1)), present_N, rtol=1e-4)
 
 
 def test_user_vector_never_sees_target(model):
@@ -91,7 +189,7 @@ def test_missing_modalities_are_masked(model):
     """An item without an image, or without text, or without both gives finite values and gradients, and its missing
     features are not read."""
     net, params = model
-    gaps = tables(missing=[("image", 3), ("text", 4), ("image", 5), ("text", 5)])
+    gaps = tables(missing=GAPS)
     row = batch()._replace(history_BL=np.tile(np.int32([3, 4, 5, 6, 0, 0, 0]), (4, 1)))
     loss = alignment.make_loss(net, WEIGHTS, axis_name=None)
     value, gradient = jax.value_and_grad(lambda p: loss(p, row, gaps)[0])(params)
@@ -185,3 +283,30 @@ def test_diagnostics_of_known_spaces():
     assert float(out["matched_recall"]) == pytest.approx(1.0)
     assert float(out["modality_gap"]) == pytest.approx(0.0, abs=1e-6)
     assert float(out["effective_rank_image"]) == pytest.approx(4.0, abs=0.05)
+
+
+def test_diagnostics_by_hand():
+    """Three items with both modalities, projected by the identity; item 4 has no text, item 0 is padding."""
+    text_NF = np.float32([[9, 9], [2, 0], [0, 3], [-3, 0], [0, 0]])
+    image_NF = np.float32([[9, 9], [0, 4], [0, 5], [-1, 0], [5, 5]])
+    present = {"text": np.array([0, 1, 1, 1, 0], bool), "image": np.array([0, 1, 1, 1, 1], bool)}
+    data = alignment.FeatureTables({"text": text_NF, "image": image_NF}, present)
+    eye = {"kernel": jnp.eye(2)}
+    params = {"item": jnp.zeros((5, 8)), "project_text": eye, "project_image": eye}
+    net = encoder(n_items=5, width=2, normalise=False)
+    out = alignment.diagnostics(net, params, data, np.int32([1, 2, 3, 4, 0]))
+    # Squared distances of texts on the unit circle: right angles and a half turn. The images: 0, 90 and 45 degrees.
+    e, root2 = np.exp, np.sqrt(2)
+    assert float(out["uniformity_text"]) == pytest.approx(np.log((2 * e(-4) + e(-8)) / 3), rel=1e-5)
+    images = 1 + 2 * e(-4) + 2 * e(-2 * (2 - root2)) + e(-2 * (2 + root2))
+    assert float(out["uniformity_image"]) == pytest.approx(np.log(images / 6), rel=1e-5)
+    # Means on the unit circle: texts (0, 1) / 3, the images of the same items (-1, 2) / 3.
+    assert float(out["modality_gap"]) == pytest.approx(root2 / 3, rel=1e-5)
+    # Squared distances, images by texts: 20 1 25, 29 4 34, 9 10 4. So the nearest texts are 2, 2, 3 (and the nearest
+    # images 3, 1, 3); the median is 10, and the matched pairs are at 20, 4, 4.
+    assert float(out["matched_recall"]) == pytest.approx(2 / 3)
+    assert float(out["gamma"]) == pytest.approx(np.sqrt(10), rel=1e-5)
+    assert float(out["l_align"]) == pytest.approx((e(-1) + 2 * e(-0.2)) / 3, rel=1e-5)
+    # The images' covariance over its trace has eigenvalues p and 1 - p: the rank is the exponential of their entropy.
+    p, q = np.linalg.eigvalsh(np.cov(image_NF[1:].T)) / np.trace(np.cov(image_NF[1:].T))
+    assert float(out["effective_rank_image"]) == pytest.approx(e(-p * np.log(p) - q * np.log(q)), rel=1e-4)

@@ -59,6 +59,24 @@ def test_p_values_of_no_difference_are_spread():
     assert 0.02 < np.mean(np.array(p) < 0.1) < 0.22
 
 
+@pytest.mark.parametrize("wins", [11, 12, 13, 14, 15])
+def test_p_value_and_interval_equal_the_binomial(wins):
+    """25 users with one pair each: one method ranks `wins` pairs right and the other those that are left.
+
+    So the difference of a resample is (2 X - 25) / 25 with X of Bin(25, wins / 25), and p is twice its smaller tail.
+    """
+    n = 25
+    user, label = np.repeat(np.arange(n), 2), np.tile([0.0, 1.0], n)
+    right = np.repeat(np.arange(n) < wins, 2)
+    first = np.where(right, label, -label)
+    found = significance.paired_bootstrap(user, label, first, -first, metric="gauc", n_resamples=4000)
+    assert found.difference == pytest.approx((2 * wins - n) / n)
+    drawn = scipy.stats.binom(n, wins / n)
+    assert found.p_value == pytest.approx(2 * min(drawn.cdf(n // 2), drawn.sf(n // 2)), rel=0.15)
+    expected = (2 * drawn.ppf([0.025, 0.975]) - n) / n
+    np.testing.assert_allclose([found.low, found.high], expected, atol=1e-6)
+
+
 def test_one_class_has_no_difference():
     found = significance.paired_bootstrap(np.arange(4), np.ones(4), np.arange(4.0), np.arange(4.0), n_resamples=10)
     assert np.isnan(found.difference)

@@ -113,6 +113,29 @@ def test_no_difference_tensor_is_built():
     assert max(sizes) <= n * n
 
 
+def products(jaxpr):
+    """All dot_general equations, those of inner functions and loops too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                    yield from products(inner)
+
+
+@pytest.mark.parametrize(
+    ("function", "least"),
+    [(stein.stein_score, 2), (stein.ssge_score, 5), (lambda x, ones: jax.vjp(stein.alignment, x, x[::-1], ones), 1)],
+    ids=["stein", "ssge", "alignment"],
+)
+def test_matrix_products_keep_float32(function, least):
+    """A CPU multiplies in float32 whatever is asked, a GPU or TPU does so only at the highest precision."""
+    found = list(products(jax.make_jaxpr(function)(gaussian(16, 3), jnp.ones(16, bool)).jaxpr))
+    assert len(found) >= least
+    assert {equation.params["precision"] for equation in found} == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
 def test_entropy_surrogate_has_no_gradient_through_score():
     x_ND, ones = gaussian(32, 4), jnp.ones(32, bool)
     gradient_ND = jax.grad(stein.entropy_surrogate)(x_ND, ones)

@@ -1,7 +1,7 @@
 """Run by training_test.py in processes of their own, where the number of devices is set or a kill does no harm.
 
 python training_worker.py compare alignment|dice OUT.npz
-python training_worker.py train FOLDER
+python training_worker.py train alignment|dice FOLDER
 """
 
 import logging
@@ -10,6 +10,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 
 from marsjax import alignment
 from marsjax.ctr import objective
@@ -72,12 +73,17 @@ def alignment_stage(size):
     source, _ = batches.alignment_source(
         dataset.log, rows, blocks=size, targets=4, length=10, stein_items=37, steps=40, seed=0
     )
-    variables = {"params": encoder.init(jax.random.key(0), source[0], tables)["params"], "statistics": {}}
+    params = jax.jit(encoder.init)(jax.random.key(0), source[0], tables)["params"]
+    # Ids that attention tells apart: with the small ones of the start the gradients of its queries and keys are noise.
+    variables = {"params": params | {"item": 20 * params["item"]}, "statistics": {}}
     return (lambda mode: alignment.lifted_step(encoder, weights, SETTINGS, mode)), variables, source, tables
 
 
+STAGES = {"alignment": alignment_stage, "dice": click_stage}
+
+
 def compare(stage, path, steps=20):
-    make, variables, source, tables = {"alignment": alignment_stage, "dice": click_stage}[stage](13)
+    make, variables, source, tables = STAGES[stage](13)
     out = {}
     for mode in ("single", "pmap", "shard_map"):
         lifted = make(mode)
@@ -89,6 +95,10 @@ def compare(stage, path, steps=20):
             metrics = lifted.collect(metrics)  # blocks: forced CPU devices deadlock when hundreds of steps pile up
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["gradient_norm"]))
+            if i == 0:
+                moments = optax.tree.get(lifted.collect(state.opt_state), "mu")  # a tenth of the gradient
+                for name, leaf in checkpoint.flatten(moments).items():
+                    out[f"{mode}_gradients{name}"] = np.array(leaf)
         out[f"{mode}_loss"], out[f"{mode}_gradient_norm"] = np.array(losses), np.array(norms)
         for kind in ("params", "statistics"):
             for name, leaf in checkpoint.flatten(lifted.collect(getattr(state, kind))).items():
@@ -96,14 +106,14 @@ def compare(stage, path, steps=20):
     np.savez(path, **out)
 
 
-def train(folder):
-    make, variables, source, tables = click_stage(16)
+def train(stage, folder):
+    make, variables, source, tables = STAGES[stage](16)
     fitted = loop.fit(
         make("pmap"),
         init_state(variables["params"], variables["statistics"], adamw(SETTINGS), seed=0),
         batches.iterate(source),
         tables,
-        schedule=loop.Schedule(steps=60, steps_per_evaluation=20, checkpoint_seconds=0.0, log_steps=1),
+        schedule=loop.Schedule(steps=40, steps_per_evaluation=20, checkpoint_seconds=0.0, log_steps=1),
         folder=folder,
         title="worker",
     )
@@ -115,4 +125,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "compare":
         compare(sys.argv[2], pathlib.Path(sys.argv[3]))
     else:
-        train(pathlib.Path(sys.argv[2]))
+        train(sys.argv[2], pathlib.Path(sys.argv[3]))

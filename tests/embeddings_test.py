@@ -1,0 +1,120 @@
+"""Item and user tables: chunks, buckets and padding leave what the encoder says of one user at a time."""
+
+import jax
+import numpy as np
+import pytest
+
+from marsjax import alignment, embeddings
+from marsjax.records import Histories
+
+N, D, CAP = 40, 8, 70
+LENGTHS = [0, 1, 5, 16, 17, 64, 65, 70, 90]  # around the bounds 16, 64 and the cap
+
+
+@pytest.fixture(scope="module")
+def space():
+    """An encoder, its parameters and its tables; item 3 has no image."""
+    rng = np.random.default_rng(0)
+    feature = {name: rng.normal(size=(N, 6)).astype(np.float32) for name in ("text", "image")}
+    present = {"text": np.arange(N) > 0, "image": ~np.isin(np.arange(N), [0, 3])}
+    tables = alignment.FeatureTables(feature, present)
+    encoder = alignment.MultimodalEncoder(N, ("text", "image"), id_width=6, width=D, hidden=4)
+    one = np.ones((1, 1), np.int32)
+    batch = alignment.AlignmentBatch(one, one, one, one, one[0])
+    params = jax.jit(encoder.init)(jax.random.key(0), batch, tables)["params"]
+    return encoder, params | {"item": 20 * params["item"]}, tables
+
+
+def histories(seed=0):
+    start_U1 = np.concatenate([[0], np.cumsum(LENGTHS)])
+    item_H = np.random.default_rng(seed).integers(1, N, start_U1[-1]).astype(np.int32)
+    zero_H = np.zeros(len(item_H), np.int64)
+    return Histories(start_U1, item_H, zero_H, zero_H.astype(np.float32), np.zeros(0, np.int64), start_U1[1:])
+
+
+def alone(space, history):
+    """Item vectors [L, D] and the user vector [D] of one history without padding."""
+    encoder, params, tables = space
+    item_1LD, user_1D = jax.jit(lambda p: encoder.apply({"params": p}, history[None], tables, method="encode"))(params)
+    return np.asarray(item_1LD[0]), np.asarray(user_1D[0])
+
+
+def test_user_vectors_equal_one_user_at_a_time(space):
+    """Whole histories, and the prefix of 30 that the last user had; longer ones keep their last `cap` items."""
+    past = histories()
+    user_Q = np.array([5, 0, 8, 3, 1, 8, 2, 7, 4, 6])
+    end_Q = past.train_end_U[user_Q]
+    end_Q[5] = past.start_U1[8] + 30
+    found_QD = embeddings.user_vectors(*space, past, user_Q, end_Q, cap=CAP, size=4)
+    assert found_QD.dtype == np.float32
+    for row, (user, end) in enumerate(zip(user_Q, end_Q, strict=True)):
+        history = past.item_H[past.start_U1[user] : end][-CAP:]
+        expected_D = alone(space, history)[1] if len(history) else np.zeros(D)
+        np.testing.assert_allclose(found_QD[row], expected_D, atol=2e-6)
+    np.testing.assert_array_equal(found_QD[1], 0)
+    assert (np.linalg.norm(np.delete(found_QD, 1, axis=0), axis=1) > 0.1).all()
+
+
+@pytest.mark.parametrize("size", [1, 5, 128])
+def test_chunk_size_changes_nothing(space, size):
+    past, user_Q = histories(), np.arange(len(LENGTHS))
+    done = []
+    found_QD = embeddings.user_vectors(
+        *space, past, user_Q, past.train_end_U, cap=CAP, size=size, advance=done.append
+    )  # fmt: skip
+    expected_QD = embeddings.user_vectors(*space, past, user_Q, past.train_end_U, cap=CAP, size=4)
+    np.testing.assert_allclose(found_QD, expected_QD, atol=2e-6)
+    assert sum(done) == len(LENGTHS)
+    found_ND, expected_ND = (embeddings.item_vectors(*space, n_items=N, size=each) for each in (size, 16))
+    np.testing.assert_allclose(found_ND, expected_ND, atol=2e-6)
+
+
+def test_no_users_have_no_vectors(space):
+    nobody = np.zeros(0, np.int64)
+    assert embeddings.user_vectors(*space, histories(), nobody, nobody, cap=CAP).shape == (0, D)
+
+
+def test_item_vectors_are_histories_of_one(space):
+    found_ND = embeddings.item_vectors(*space, n_items=N, size=16)
+    assert found_ND.shape == (N, D)
+    np.testing.assert_array_equal(found_ND[0], 0)
+    encoder, params, tables = space
+    static_ND = encoder.apply({"params": params}, np.arange(N, dtype=np.int32), tables, method="static")
+    np.testing.assert_allclose(found_ND, static_ND, atol=2e-6)
+    for item in (1, 3, N - 1):
+        np.testing.assert_allclose(found_ND[item], alone(space, np.int32([item]))[1], atol=2e-6)
+
+
+def test_donor_vectors_in_their_context_or_alone(space):
+    """Contextual vectors are those of the donor's own history, static ones those of the table; the two differ."""
+    past = histories()
+    item_PL = np.zeros((3, 20), np.int32)
+    for row, user in enumerate((2, 3, 4)):
+        item_PL[row, : LENGTHS[user]] = past.item_H[past.start_U1[user] :][: LENGTHS[user]]
+    item_ND = embeddings.item_vectors(*space, n_items=N, size=16)
+    position_X = np.array([2, 0, 2])
+    contextual, static = (
+        embeddings.donor_vectors(kind, *space, item_PL, item_ND)(position_X) for kind in ("contextual", "static")
+    )
+    np.testing.assert_array_equal(static, item_ND[item_PL[position_X]])
+    for row, position in enumerate(position_X):
+        length = LENGTHS[2 + position]
+        history = item_PL[position, :length]
+        np.testing.assert_allclose(contextual[row, :length], alone(space, history)[0], atol=2e-6)
+        np.testing.assert_array_equal(contextual[row, length:], 0)
+        np.testing.assert_array_equal(static[row, length:], 0)
+        assert np.abs(contextual[row, :length] - static[row, :length]).max() > 0.01
+    with pytest.raises(ValueError, match="contextual or static.*found 'both'"):
+        embeddings.donor_vectors("both", *space, item_PL, item_ND)
+
+
+def test_compiled_once_for_each_length(space):
+    """However many users are asked for, there is one compiled encoder for each of the lengths 16, 64 and the cap."""
+    past = histories(seed=1)
+    before = embeddings._encode._cache_size(), embeddings._static._cache_size()
+    for count in (1, 2, 3, 7, 9, 23):
+        user_Q = np.arange(count) % len(LENGTHS)
+        embeddings.user_vectors(*space, past, user_Q, past.train_end_U[user_Q], cap=CAP, size=6)
+        embeddings.item_vectors(*space, n_items=count, size=6)
+    assert embeddings._encode._cache_size() - before[0] <= 3
+    assert embeddings._static._cache_size() - before[1] <= 1
