@@ -63,7 +63,7 @@ def test_bad_rows_are_dropped_counted_and_placed(row, kind):
     dataset = build([*GOOD, row])
     found = problem(dataset, kind)
     assert (found.occurrences, found.action) == (1, "dropped")
-    assert found.where == ("log:5",)
+    assert found.where[0] == "log:5"
     assert raw_events(dataset) == GOOD
     with pytest.raises(ValueError, match=f"strict reading refuses .*1 x {kind} .log:5."):
         build([*GOOD, row], strict=True)

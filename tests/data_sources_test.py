@@ -216,6 +216,26 @@ def test_words_where_numbers_belong_are_refused(tmp_path):
         load(events(tmp_path / "log.parquet", clicked=["yes", "no", "yes", "yes"]))
 
 
+@pytest.mark.parametrize(("column", "kind"), [("clicked", "label_not_0_or_1"), ("at", "missing_time")])
+def test_one_word_among_numbers_drops_its_row(tmp_path, column, kind):
+    good = {"clicked": ["1", "0", " 1", "oops"], "at": ["1", "2.5e0", "1", "oops"]}[column]
+    dataset = load(events(tmp_path / "log.csv", **{column: good}))
+    assert len(dataset.log.item_E) == 3
+    assert (dataset.problems[0].kind, dataset.problems[0].where) == (kind, ("log.csv row 4",))
+
+
+def test_labels_of_many_values_hint_at_the_threshold(tmp_path):
+    dataset = load(events(tmp_path / "log.parquet", clicked=[1, 0, 3, 5]))
+    assert dataset.problems[0].where[-1].startswith("labels are 0, 1, 3, 5: --config.data.label_threshold=VALUE")
+    assert not [p for p in load(events(tmp_path / "log.parquet"), label_threshold=1.0).problems if "label" in p.kind]
+
+
+def test_no_rows_are_said_to_be_none(tmp_path):
+    (tmp_path / "log.csv").write_text("who,what,clicked,at\n")
+    with pytest.raises(ValueError, match="log.csv: expected events, found a header and no rows"):
+        load(tmp_path / "log.csv")
+
+
 # --- features
 
 
@@ -241,10 +261,14 @@ def test_ids_of_parquet_features_are_the_ids_of_the_tables(tmp_path, ids):
     ("name", "message"),
     [
         ("none.npz", "expected a feature file, found none"),
-        ("cut.npz", "damaged or truncated"),
+        ("cut.npz", "damaged, truncated"),
         ("keys.npz", "expected arrays embedding and one of .* found .'vectors'"),
         ("ragged.parquet", r"expected vectors of one width, found widths \[1, 2\]"),
         ("f.txt", "expected .npz, .npy or .parquet, found .txt"),
+        ("garbage.npz", "garbage.npz: the file is damaged, truncated or no .npz .*write it again"),
+        ("objects.npz", "objects.npz: the file is damaged, truncated or no .npz .*write it again"),
+        ("words.npz", "words.npz: expected vectors of numbers, found <U1"),
+        ("cut.npy", "cut.npy: the file is damaged, truncated or no .npy .*write it again"),
     ],
 )
 def test_bad_feature_files_are_refused(tmp_path, name, message):
@@ -253,8 +277,13 @@ def test_bad_feature_files_are_refused(tmp_path, name, message):
     np.savez(tmp_path / "keys.npz", vectors=np.ones((2, 2)))
     write(tmp_path / "ragged.parquet", id=["a", "b"], embedding=[[1.0], [1.0, 2.0]])
     (tmp_path / "f.txt").write_text("x")
+    (tmp_path / "garbage.npz").write_bytes(b"no archive at all")
+    np.savez(tmp_path / "objects.npz", id=np.arange(2), embedding=np.array([None, 1], object))
+    np.savez(tmp_path / "words.npz", id=np.arange(2), embedding=np.array([["a"], ["b"]]))
+    np.save(tmp_path / "cut.npy", np.ones((50, 8)))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:500])
     with pytest.raises(ValueError, match=message):
-        read_features(tmp_path / name)
+        read_features(tmp_path / name, item_ids=np.arange(50).astype(str))
 
 
 def test_image_folder_with_a_truncated_file(tmp_path):

@@ -104,7 +104,13 @@ def build_dataset(
     lacking_R = np.isnat(time_R) if time_R.dtype.kind == "M" else ~((time_R > -(2**63)) & (time_R < 2**63))
     narrow(drop("missing_time", lacking_R))
     if label_threshold is None:
-        narrow(drop("label_not_0_or_1", (label_R != 0) & (label_R != 1)))
+        bad_R = (label_R != 0) & (label_R != 1)
+        label_X = np.unique(label_R[np.isfinite(label_R)])
+        narrow(drop("label_not_0_or_1", bad_R))
+        if bad_R.any() and len(label_X) > 2:  # a rating, most likely
+            shown = ", ".join(f"{value:g}" for value in label_X[:SHOWN]) + (", ..." if len(label_X) > SHOWN else "")
+            hint = f"labels are {shown}: --config.data.label_threshold=VALUE counts that and more as 1"
+            found[-1] = found[-1]._replace(where=(*found[-1].where, hint))
     else:
         narrow(drop("missing_label", ~np.isfinite(label_R)))
         label_R = (label_R >= label_threshold).astype(np.float64)

@@ -26,23 +26,27 @@ def read_features(path: pathlib.Path, *, item_ids: np.ndarray | None = None) -> 
     path = pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: expected a feature file, found none; set the path to '' to do without it")
-    try:
-        if path.suffix == ".npz":
+    if path.suffix == ".npz":
+        try:
             # Opened here: numpy leaves a damaged file open.
-            with path.open("rb") as file, np.load(file) as arrays:
-                ids = next((key for key in ID_KEYS if key in arrays), None)
-                if ids is None or "embedding" not in arrays:
-                    raise ValueError(
-                        f"{path}: expected arrays embedding and one of {', '.join(ID_KEYS)}, found {sorted(arrays)}"
-                    )
-                return RawFeatures(arrays[ids].astype(str), arrays["embedding"], path.name)
-        if path.suffix == ".npy":
+            with path.open("rb") as file, np.load(file) as read:
+                arrays = {name: read[name] for name in read}
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: the file is damaged, truncated or no .npz ({error}); write it again") from error
+        ids = next((key for key in ID_KEYS if key in arrays), None)
+        if ids is None or "embedding" not in arrays:
+            raise ValueError(
+                f"{path}: expected arrays embedding and one of {', '.join(ID_KEYS)}, found {sorted(arrays)}"
+            )
+        return RawFeatures(arrays[ids].astype(str), _numeric(arrays["embedding"], path), path.name)
+    if path.suffix == ".npy":
+        if item_ids is None:
+            raise ValueError(f"{path}: a .npy file has no ids, expected an items table that gives their order")
+        try:
             feature = np.load(path)
-            if item_ids is None:
-                raise ValueError(f"{path}: a .npy file has no ids, expected an items table that gives their order")
-            return RawFeatures(item_ids, feature, path.name)
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{path}: the file is damaged or truncated ({error}); write it again") from error
+        except (EOFError, OSError, ValueError) as error:
+            raise ValueError(f"{path}: the file is damaged, truncated or no .npy ({error}); write it again") from error
+        return RawFeatures(item_ids, _numeric(feature, path), path.name)
     if path.suffix in (".parquet", ".pq"):
         from marsjax.data.tabular import read_ids, read_table
 
@@ -59,6 +63,12 @@ def read_features(path: pathlib.Path, *, item_ids: np.ndarray | None = None) -> 
             raise ValueError(f"{path}: expected vectors of one width, found widths {sorted(widths)[:5]}")
         return RawFeatures(read_ids(table[ids], ids, path).strings(), np.stack(list(vectors)), path.name)
     raise ValueError(f"{path}: expected .npz, .npy or .parquet, found {path.suffix or 'no ending'}")
+
+
+def _numeric(feature: np.ndarray, path: pathlib.Path) -> np.ndarray:
+    if feature.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: expected vectors of numbers, found {feature.dtype}; write them as float32")
+    return feature
 
 
 def image_folder_problems(folder: pathlib.Path, item_ids: np.ndarray) -> list[Problem]:

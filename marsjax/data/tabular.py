@@ -191,11 +191,22 @@ def _times(column: Column, path: pathlib.Path) -> np.ndarray:
 
 
 def _numbers(column: Column, ours: str, path: pathlib.Path) -> np.ndarray:
-    """Numbers, with NaN where they are missing."""
+    """Numbers, with NaN where they are missing, or where text stands in a column that mostly holds numbers."""
     import pyarrow
+    import pyarrow.compute as pc
 
+    if not len(column):
+        raise ValueError(f"{path}: expected events, found a header and no rows")
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        # One bad cell makes text of a whole CSV column. The bad cells become gaps, which are dropped and counted.
+        is_number = pc.match_substring_regex(column, r"^\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$")
+        if 2 * pc.sum(pc.fill_null(is_number, False)).as_py() > len(column):
+            column = pc.cast(pc.utf8_trim_whitespace(pc.if_else(is_number, column, None)), pyarrow.float64())
     values = (column.cast(pyarrow.int8()) if pyarrow.types.is_boolean(column.type) else column).to_numpy()
     if values.dtype.kind in "iuf":
         return values
     kind = "numbers or timestamps" if ours == "time" else "numbers or booleans"
-    raise ValueError(f"{path}: expected {kind} for {ours}, found {values[:3].tolist()}")
+    raise ValueError(
+        f"{path}: expected {kind} for {ours}, found {values[:3].tolist()}; write it as numbers, or map another column "
+        f"with --config.data.columns.{ours}=NAME"
+    )

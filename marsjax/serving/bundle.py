@@ -162,8 +162,8 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
     expected, found = manifest.pop("sum", "no sum"), _sum(manifest)
     if found != expected:
         raise ValueError(
-            f"{folder / 'manifest.json'}: expected a content of sha256 {expected}, found {found}; the bundle is damaged "
-            "or was changed, export it again"
+            f"{folder / 'manifest.json'}: expected a content of sha256 {expected}, found {found}; the bundle is "
+            "damaged or was changed, export it again"
         )
     present = {path.relative_to(folder).as_posix() for path in _files(folder)} - {"manifest.json"}
     if present != set(manifest["sha256"]):
