@@ -6,7 +6,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pyarrow
 import pyarrow.csv
@@ -14,11 +16,13 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from marsjax import pipeline, retrieval
-from marsjax.configuration import override
+from marsjax import files, pipeline, retrieval
+from marsjax.augmentation.methods import METHODS
+from marsjax.augmentation.queries import make_queries
+from marsjax.configuration import _leaves, override
 from marsjax.data.synthetic import make_synthetic
 from marsjax.defaults import default_config
-from marsjax.records import HIGH, LOW, TEST
+from marsjax.records import HIGH, LOW, TEST, Borrowed
 from marsjax.serving import bundle as serving
 from marsjax.stages import Stages
 
@@ -268,6 +272,215 @@ def test_vectors_are_written_with_their_ids(workdir):
         np.testing.assert_array_equal(arrays["raw_item_N"], loaded.dataset.items.raw_id_N)
         assert len(arrays["user_UD"]) == len(arrays["raw_user_U"])
         assert len(arrays["item_ND"]) == len(arrays["raw_item_N"])
+
+
+# --- no leak, equal terms, nothing stale
+
+
+def borrowing(workdir):
+    config = small_config()
+    context = pipeline.Context(config, pipeline.load(config), Stages(workdir), 0)
+    space = pipeline.align_stage(context)
+    vectors, _ = pipeline.embed_stage(context, space)
+    return context, space, vectors
+
+
+def test_no_query_sees_what_comes_after_its_prefix(workdir, tmp_path):
+    """Other items from the middle of a history on: queries that end before borrow the same from the same donor."""
+    context, space, vectors = borrowing(workdir)
+    loaded, histories = context.loaded, context.loaded.rows.histories
+    donation = pipeline.augment_stage(context, space, vectors)
+    queries = donation.queries
+    user = int(np.argmax(np.bincount(queries.user_Q)))
+    middle = np.sort(queries.end_Q[queries.user_Q == user])[1]
+    item_H = histories.item_H.copy()
+    item_H[middle : histories.start_U1[user + 1]] = 1 + item_H[middle : histories.start_U1[user + 1]] % 80
+    rows = loaded.rows._replace(histories=histories._replace(item_H=item_H))
+    changed = context._replace(loaded=loaded._replace(rows=rows), stages=Stages(tmp_path))
+    before, after = (
+        np.load(pipeline.augment_stage(c, space, vectors).folder / "candidates.npz") for c in (context, changed)
+    )
+    own = queries.user_Q == user
+    early = own & (queries.end_Q <= middle)
+    assert early.sum() > 1
+    for name in ("item_QS", "donor_QS", "donor_similarity_QS", "similarity_QS", "kept_QS"):
+        np.testing.assert_array_equal(before[name][early], after[name][early], err_msg=name)
+        np.testing.assert_array_equal(before[name][~own], after[name][~own], err_msg=name)
+    late = own & ~early
+    assert (before["donor_similarity_QS"][late] != after["donor_similarity_QS"][late]).any()
+
+
+def test_labels_of_test_rows_change_no_parameter(workdir, tmp_path):
+    context, space, vectors = borrowing(workdir)
+    donation = pipeline.augment_stage(context, space, vectors)
+    log, rows = context.loaded.dataset.log, context.loaded.rows
+    flipped = log._replace(label_E=np.where(rows.split_E == TEST, 1 - log.label_E, log.label_E))
+    dataset = context.loaded.dataset._replace(log=flipped)
+    trained = []
+    for name, data in (("a", context.loaded.dataset), ("b", dataset)):
+        c = context._replace(loaded=context.loaded._replace(dataset=data), stages=Stages(tmp_path / name))
+        trained.append(pipeline.train_stage(c, donation, "mars"))
+    for one, other in zip(*(jax.tree.leaves(t.params) for t in trained), strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(trained[0].predictions.score_B, trained[1].predictions.score_B)
+    np.testing.assert_array_equal(trained[0].predictions.label_B, 1 - trained[1].predictions.label_B)
+    one, other = (next((tmp_path / n).glob("stages/mars-*/evaluations.json")).read_text() for n in "ab")
+    assert one == other
+
+
+def test_every_method_lends_as_much_as_mars(workdir):
+    context, space, vectors = borrowing(workdir)
+    donation = pipeline.augment_stage(context, space, vectors)
+    budget_Q = np.diff(donation.borrowed.start_Q1)
+    assert budget_Q.max() > 5
+    for method in METHODS:
+        lent = pipeline.choose_augmentation(context, donation, method)
+        if method == "base":
+            assert lent is None
+        else:
+            np.testing.assert_array_equal(np.diff(lent.borrowed.start_Q1), budget_Q, err_msg=method)
+            assert lent.time_safe == (method == "mars_time_safe")
+            assert lent.drop_target == (method == "mars_without_target")
+
+
+@pytest.mark.parametrize(
+    ("changes", "built"),
+    [
+        ({"data.synthetic.seed": "1"}, {"alignment", "embeddings", "augmentation", "base", "mars"}),
+        ({"split.seed": "1"}, {"alignment", "embeddings", "augmentation", "base", "mars"}),
+        ({"alignment.beta": "0.2"}, {"alignment", "embeddings", "augmentation", "mars"}),
+        ({"retrieval.prefix_stride": "3"}, {"augmentation", "mars"}),
+        ({"augmentation.time_safe": "true"}, {"mars"}),
+        ({"augmentation.drop_target": "true"}, {"mars"}),
+        ({"ctr.epochs": "2"}, {"base", "mars"}),
+        ({"evaluation.bootstrap": "30"}, set()),
+    ],
+)
+def test_what_changes_the_result_of_a_stage_builds_it_anew(changes, built, tmp_path, monkeypatch):
+    """Only names and fingerprints count here, so nothing is trained: each stage asks for its folder and gives up."""
+    asked = []
+
+    class Asked(Exception):
+        pass
+
+    def ask(self, name, key, build):
+        asked.append((name.split("-")[0], key))
+        raise Asked
+
+    monkeypatch.setattr(Stages, "__call__", ask)
+
+    def keys(config):
+        asked.clear()
+        context = pipeline.Context(config, pipeline.load(config), Stages(tmp_path), 0)
+        with pytest.raises(Asked):
+            pipeline.align_stage(context)
+        space = pipeline.Space(None, None, None, asked[-1][1])
+        with pytest.raises(Asked):
+            pipeline.embed_stage(context, space)
+        with pytest.raises(Asked):
+            pipeline.augment_stage(context, space, None)
+        empty = Borrowed(np.zeros(1, np.int64), *(np.zeros(0, np.int32) for _ in range(4)))
+        queries = make_queries(context.loaded.rows, prefix_stride=0)
+        donation = pipeline.Donation(queries, None, empty, tmp_path, asked[-1][1])
+        for method in ("base", "mars"):
+            with pytest.raises(Asked):
+                pipeline.train_stage(context, donation, method)
+        return dict(asked)
+
+    before, after = keys(small_config()), keys(small_config(**changes))
+    assert {name for name in before if before[name] != after[name]} == built
+
+
+def test_presets_differ_in_exactly_these_values():
+    mars, paper = (_leaves(default_config(preset)) for preset in ("mars", "paper"))
+    assert {key: (mars[key], paper[key]) for key in mars if mars[key] != paper[key]} == {
+        "alignment.normalise": (True, False),
+        "alignment.residual": (True, False),
+        "alignment.entropy_sign": ("dispersive", "printed"),
+        "alignment.blocks": (64, 512),
+        "alignment.targets": (16, 1),
+        "retrieval.centre": (True, False),
+        "retrieval.prefix_stride": (4, 0),
+    }
+    assert pipeline.ENTROPY_SIGNS == {"dispersive": 1.0, "printed": -1.0}
+
+
+KILLED = """
+import sys
+from marsjax.configuration import override
+from marsjax.defaults import default_config
+from marsjax import pipeline
+import pathlib
+config = default_config()
+for flag in sys.argv[2:]:
+    override(config, *flag.split("=", 1))
+pipeline.run(config, pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_run_that_is_killed_in_every_stage_ends_the_same(tmp_path):
+    """SIGKILL when a stage of the second run has begun, or has a checkpoint; the last start goes to the end."""
+    changes = SMALL | {"evaluation.methods": "base,mars", "training.checkpoint_seconds": "0", "ctr.epochs": "2"}
+    root = pathlib.Path(__file__).parent.parent
+
+    def start(folder):
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(folder), *(f"{key}={value}" for key, value in changes.items())],
+            cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    whole = start(tmp_path / "whole")
+    for sign in ("alignment-*/checkpoints/2", "augmentation-*", "mars-*/checkpoints/4"):
+        process, until = start(tmp_path / "killed"), time.monotonic() + 120
+        while not list((tmp_path / "killed" / "stages").glob(sign)) and time.monotonic() < until:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+    last = start(tmp_path / "killed")
+    for process in (whole, last):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    seals = [sorted((tmp_path / name / "stages").glob("*/done.json")) for name in ("whole", "killed")]
+    assert [path.parent.name for path in seals[0]] == [path.parent.name for path in seals[1]]
+    for one, other in zip(*seals, strict=True):
+        for name in ("embeddings.npz", "candidates.npz", "test.npz", "params/content.json"):
+            if (one.parent / name).is_file():
+                assert files.sha256_file(one.parent / name) == files.sha256_file(other.parent / name), other
+    assert (tmp_path / "whole" / "results.md").read_text() == (tmp_path / "killed" / "results.md").read_text()
+
+
+def test_bundle_blanks_what_the_run_blanks(workdir, tmp_path):
+    config = small_config(**{"augmentation.drop_target": "true", "augmentation.time_safe": "true"})
+    pipeline.export(config, workdir, output=tmp_path / "bundle")
+    bundle = serving.load_bundle(tmp_path / "bundle")
+    users, raw = bundle.users, bundle.items.raw_id_N
+    user = int(np.argmax(np.diff(users.borrowed_U1)))
+    lent = slice(users.borrowed_U1[user], users.borrowed_U1[user + 1])
+    item, times = raw[users.borrowed_item_S[lent][0]], users.borrowed_time_S[lent]
+    name = str(users.raw_user_U[user])
+    request = serving.Request(name, (str(item),))
+    nobody = bundle._replace(users=users._replace(borrowed_U1=np.zeros_like(users.borrowed_U1)))
+    only_target = users._replace(
+        borrowed_U1=np.where(np.arange(len(users.borrowed_U1)) > user, 1, 0),
+        borrowed_item_S=users.borrowed_item_S[lent][:1],
+        borrowed_time_S=times[:1],
+    )
+    # All that is lent is the target: as if nothing were.
+    np.testing.assert_array_equal(
+        serving.score(bundle._replace(users=only_target), [request])[0], serving.score(nobody, [request])[0]
+    )
+    # Everything is later than the request: as if nothing were lent. At the end of time it is not.
+    early, late = (request._replace(time=int(t)) for t in (times.min() - 1, times.max()))
+    np.testing.assert_array_equal(serving.score(bundle, [early])[0], serving.score(nobody, [early])[0])
+    assert serving.score(bundle, [late])[0] != serving.score(nobody, [late])[0]
+
+
+def test_unknown_history_items_are_counted(exported, caplog):
+    bundle = serving.load_bundle(exported)
+    item = str(bundle.items.raw_id_N[3])
+    serving.score(bundle, [serving.Request("nobody", (item,), history=("gone", item, "lost"))])
+    assert "2 history items of the requests are unknown" in caplog.text
 
 
 def test_bundles_never_change(exported, workdir):
