@@ -2,15 +2,20 @@
 
     marsjax run --config=configs/synthetic.py --workdir=runs/quickstart
 
-Variants: `1seed`, `shuffled` (features permuted between items: the gain of MARS must vanish).
+Variants, joined by commas: `1seed`, `unaligned` (the Stein loss of Eq. 14 has no weight), `shuffled` (features permuted
+between items: content tells nothing, and the gain of MARS must vanish).
 """
 
 from marsjax.defaults import default_config
 
 
 def get_config(variant: str = ""):
+    options = [option for option in variant.split(",") if option]
+    unknown = set(options) - {"1seed", "unaligned", "shuffled"}
+    if unknown:
+        raise ValueError(f"unknown variant {sorted(unknown)}; expected 1seed, unaligned, shuffled")
     config = default_config("mars")
-    config.seeds = (0, 1, 2)
+    config.seeds = (0,) if "1seed" in options else (0, 1, 2)
     config.split.history = "positives"  # a log of clicks
     config.split.low_fraction = 0.6  # about the planted shares
     config.split.high_fraction = 0.25
@@ -21,11 +26,9 @@ def get_config(variant: str = ""):
     config.augmentation.theta_quantile = 0.25
     config.ctr.batch_size = 256
     config.ctr.epochs = 5
-    config.evaluation.methods = ("base", "random_donor", "mars")
-    if variant == "1seed":
-        config.seeds = (0,)
-    elif variant == "shuffled":
+    config.evaluation.methods = ("base", "random_donor", "mars", "mars_without_target")
+    if "unaligned" in options:
+        config.alignment.beta = 0.0
+    if "shuffled" in options:
         config.data.synthetic.shuffle_features = True
-    elif variant:
-        raise ValueError(f"unknown variant {variant!r}; expected 1seed or shuffled")
     return config

@@ -117,7 +117,10 @@ def relative_improvement(auc_value: float, base: float) -> float:
 
 
 def summarise(predictions: Predictions) -> dict[str, dict[str, float]]:
-    """Every metric for all, low-, middle- and high-active users; nan where a metric is undefined."""
+    """Every metric for all users and for each activity group; nan where a metric is undefined.
+
+    `gauc` weighs users by rows and drops those of one class; the others differ from it in what their names say.
+    """
     out = {}
     for number, name in enumerate(("all", *GROUP_NAMES), start=-1):
         keep_B = np.ones(len(predictions.user_B), bool) if number < 0 else predictions.group_B == number
@@ -130,6 +133,8 @@ def summarise(predictions: Predictions) -> dict[str, dict[str, float]]:
             "gauc": grouped.value,
             "gauc_positives": gauc(user_B, label_B, score_B, weight="positives").value,
             "gauc_uniform": gauc(user_B, label_B, score_B, weight="uniform").value,
+            "gauc_zero": gauc(user_B, label_B, score_B, single_class="zero").value if grouped.users_counted else np.nan,
+            "gauc_half": gauc(user_B, label_B, score_B, single_class="half").value if grouped.users_counted else np.nan,
             "gauc_users": float(grouped.users_counted),
             "logloss": logloss(label_B, score_B),
             "ece": calibration_error(label_B, score_B),
