@@ -63,9 +63,9 @@ class AlignmentLoss(NamedTuple):
 class MultimodalEncoder(nn.Module):
     """Aligns item modalities and contextualises items within a history.
 
-    What the joint loss of Eq. 14 trains, and what not: Eq. 12 reads targets alone, and over their one key the softmax of
-    Eq. 9 is 1, so its queries and keys get no gradient and act on histories as they were drawn. Histories enter Eqs.
-    11-12 by their ids. User vectors (Eq. 13) are thus compared in a space that only the projections of Eq. 3, the
+    What the joint loss of Eq. 14 trains, and what not: Eq. 12 reads targets alone, and over their one key the softmax
+    of Eq. 9 is 1, so its queries and keys get no gradient and act on histories as they were drawn. Histories enter
+    Eqs. 11-12 by their ids. User vectors (Eq. 13) are thus compared in a space that only the projections of Eq. 3, the
     values of Eq. 9, the id embeddings and Eq. 11 have shaped; no term asks similar users to be near one another.
 
     Attributes:
