@@ -4,7 +4,8 @@
 
 PATH/ml-1m is the official folder (ratings.dat, movies.dat; grouplens.org/datasets/movielens/1m). Item features are
 read from features/*.npz in it where they are. Variants, joined by commas: `5seeds`, `last_fraction` (each user's last
-20% as test), `paper` (MARS as printed).
+20% as test), `sparse3`, `sparse5`, `sparse10`, `sparse20` (a random 30% of the users keep only their first 3, 5, 10 or
+20 events), `paper` (MARS as printed).
 """
 
 from marsjax.defaults import default_config
@@ -12,9 +13,11 @@ from marsjax.defaults import default_config
 
 def get_config(variant: str = ""):
     options = [option for option in variant.split(",") if option]
-    unknown = set(options) - {"5seeds", "last_fraction", "paper"}
+    sparse = {f"sparse{count}": count for count in (3, 5, 10, 20)}
+    known = ("5seeds", "last_fraction", *sparse, "paper")
+    unknown = set(options) - set(known)
     if unknown:
-        raise ValueError(f"unknown variant {sorted(unknown)}; expected 5seeds, last_fraction, paper")
+        raise ValueError(f"unknown variant {sorted(unknown)}; expected {', '.join(known)}")
     config = default_config("paper" if "paper" in options else "mars")
     config.data.source = "movielens"
     config.data.folder = "ml-1m"
@@ -26,4 +29,7 @@ def get_config(variant: str = ""):
         config.seeds = (0, 1, 2, 3, 4)
     if "last_fraction" in options:
         config.split.kind = "last_fraction"
+    for option in set(options) & set(sparse):
+        config.split.sparse_fraction = 0.3
+        config.split.sparse_events = sparse[option]
     return config

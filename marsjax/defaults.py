@@ -47,7 +47,9 @@ def default_config(preset: str = "mars") -> ConfigDict:
     split.low_fraction = 0.3  # the bottom 30% of users by training events are low-active (section 4.1.3)
     split.high_fraction = 0.3  # the top 30% are high-active, and the only donors
     split.history = "all"  # what a history holds: all events, or positives only
-    split.seed = 0  # breaks ties of activity
+    split.sparse_fraction = 0.0  # share of the users whose histories are cut short, to learn what borrowing is worth
+    split.sparse_events = 5  # what they keep; they are then the low-active users
+    split.seed = 0  # breaks ties of activity, and draws the sparse users
 
     config.alignment = alignment = ConfigDict()
     alignment.modalities = ("text", "image")  # keys and values of Eq. 9, then its queries; (), one or two

@@ -258,6 +258,8 @@ def split(config: ConfigDict, dataset: Dataset) -> Rows:
         low_fraction=cfg.low_fraction,
         high_fraction=cfg.high_fraction,
         history=cfg.history,
+        sparse_fraction=cfg.sparse_fraction,
+        sparse_events=cfg.sparse_events,
         seed=cfg.seed,
     )
 

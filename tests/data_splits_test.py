@@ -112,3 +112,42 @@ def test_low_active_users_of_a_split_by_time_have_training_events():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make_rows(small_log(), **options)
+
+
+@pytest.mark.parametrize("split", ["leave_one_out", "last_fraction"])
+@pytest.mark.parametrize("history", ["all", "positives"])
+def test_sparse_users_keep_their_first_events_and_nothing_else_changes(split, history):
+    log = small_log(users=60)
+    whole = make_rows(log, split=split, history=history, low_fraction=0.3, seed=1)
+    rows = make_rows(log, split=split, history=history, sparse_fraction=0.3, sparse_events=2, low_fraction=0.5, seed=1)
+    sparse = np.flatnonzero(rows.group_U == LOW)
+    assert len(sparse) == 18  # none of the others is low-active, and all have training events
+    for split_name in (VALID, TEST):  # the same rows are judged
+        np.testing.assert_array_equal(rows.split_E == split_name, whole.split_E == split_name)
+    in_history_E = np.ones(len(log.item_E), bool) if history == "all" else log.label_E > 0
+    for user in range(60):
+        events = np.arange(log.start_U1[user], log.start_U1[user + 1])
+        if user not in sparse:
+            np.testing.assert_array_equal(rows.split_E[events], whole.split_E[events])
+            np.testing.assert_array_equal(rows.histories.end_E[events], whole.histories.end_E[events])
+            assert rows.train_length_U[user] == whole.train_length_U[user]
+            continue
+        kept = events[: min(2, whole.train_length_U[user])]
+        np.testing.assert_array_equal(events[rows.split_E[events] == TRAIN], kept)
+        assert rows.train_length_U[user] == len(kept)
+        seen = kept[in_history_E[kept]]
+        for event in events[rows.split_E[events] >= VALID]:
+            start = rows.histories.start_U1[user]
+            np.testing.assert_array_equal(rows.histories.item_H[start : rows.histories.end_E[event]], log.item_E[seen])
+            assert rows.histories.end_E[event] == rows.histories.train_end_U[user]
+
+
+def test_sparse_users_are_drawn_by_the_seed():
+    log = small_log(users=60)
+    drawn = [
+        tuple(np.flatnonzero(make_rows(log, split="leave_one_out", sparse_fraction=0.3, seed=s).group_U == LOW))
+        for s in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(ValueError, match="sparse_events of 1 or more, found 0.3 and 0"):
+        make_rows(log, split="leave_one_out", sparse_fraction=0.3, sparse_events=0)

@@ -16,6 +16,8 @@ def make_rows(
     low_fraction: float = 0.3,
     high_fraction: float = 0.3,
     history: str = "all",
+    sparse_fraction: float = 0.0,
+    sparse_events: int = 5,
     seed: int = 0,
 ) -> Rows:
     """Splits a log and tells what each event may see: only what stands before it among its user's events.
@@ -32,14 +34,24 @@ def make_rows(
             number of these. Exact counts: ties are broken by a permutation seeded with `seed`. Users without training
             events, as "global_time" has them, are a group of their own.
         history: "all" events, or "positives" only.
+        sparse_fraction, sparse_events: makes a share of the users, drawn with `seed`, sparse: of their training events
+            they keep the first `sparse_events`, to learn from and as history of every later row. They, and no others,
+            are then the low-active users. Validation and test rows stay the same rows whatever is kept, so what a
+            longer history is worth can be read off. 0 is off.
 
     Raises:
-        ValueError: unknown split or history; fractions outside [0, 1) or together not below 1 (at most 1 for groups).
+        ValueError: unknown split or history; `sparse_events` below 1; fractions outside [0, 1) or together not below 1
+            (at most 1 for groups).
     """
     if not (fraction_test >= 0 and fraction_valid >= 0 and fraction_test + fraction_valid < 1):
         raise ValueError(
             f"split: expected fractions from 0 that leave something to train on, found test {fraction_test} and "
             f"validation {fraction_valid}"
+        )
+    if not (0 <= sparse_fraction <= 1 and sparse_events >= 1):
+        raise ValueError(
+            f"split: expected sparse_fraction from 0 to 1 and sparse_events of 1 or more, found {sparse_fraction} and "
+            f"{sparse_events}"
         )
     if not (low_fraction >= 0 and high_fraction >= 0 and low_fraction + high_fraction <= 1):
         raise ValueError(
@@ -67,29 +79,43 @@ def make_rows(
         raise ValueError(f"split: expected leave_one_out, last_fraction or global_time, found {split!r}")
     split_E = split_E.astype(np.int8)
     train_length_U = np.bincount(user_E[split_E == TRAIN], minlength=n_users)
+    sparse_U = np.zeros(n_users, bool)
+    if sparse_fraction:
+        chosen = np.random.default_rng(seed).permutation(n_users)[: int(round(sparse_fraction * n_users))]
+        sparse_U[chosen] = True
+        train_length_U = np.where(sparse_U, np.minimum(train_length_U, sparse_events), train_length_U)
+        at_E = np.arange(n_events) - np.repeat(log.start_U1[:-1], length_U)
+        split_E[(split_E == TRAIN) & (at_E >= train_length_U[user_E])] = -1
+        low_fraction = 0.0
+    group_U = activity_groups(train_length_U, low_fraction=low_fraction, high_fraction=high_fraction, seed=seed)
+    group_U[sparse_U & (train_length_U > 0)] = LOW
     return Rows(
         user_E=user_E,
         split_E=split_E,
-        histories=_histories(log, user_E, train_length_U, history),
-        group_U=activity_groups(train_length_U, low_fraction=low_fraction, high_fraction=high_fraction, seed=seed),
+        histories=_histories(log, user_E, train_length_U, history, sparse_U),
+        group_U=group_U,
         train_length_U=train_length_U,
     )
 
 
-def _histories(log: Log, user_E: np.ndarray, train_length_U: np.ndarray, history: str) -> Histories:
+def _histories(
+    log: Log, user_E: np.ndarray, train_length_U: np.ndarray, history: str, sparse_U: np.ndarray
+) -> Histories:
     kinds = {"all": np.ones(len(log.item_E), bool), "positives": log.label_E > 0}
     if history not in kinds:
         raise ValueError(f"history: expected one of {sorted(kinds)}, found {history!r}")
     in_E = kinds[history]
     before_E1 = np.concatenate([[0], np.cumsum(in_E)]).astype(np.int64)  # history entries before each event
+    # Training events are the first of each user under every split.
+    train_end_U = before_E1[log.start_U1[:-1] + train_length_U]
+    end_E = before_E1[:-1]
     return Histories(
         start_U1=before_E1[log.start_U1],
         item_H=log.item_E[in_E],
         time_H=log.time_E[in_E],
         label_H=log.label_E[in_E],
-        end_E=before_E1[:-1],
-        # Training events are the first of each user under every split.
-        train_end_U=before_E1[log.start_U1[:-1] + train_length_U],
+        end_E=np.where(sparse_U[user_E], np.minimum(end_E, train_end_U[user_E]), end_E),
+        train_end_U=train_end_U,
     )
 
 
