@@ -29,7 +29,10 @@ def get_config(variant: str = ""):
         config.seeds = (0, 1, 2, 3, 4)
     if "last_fraction" in options:
         config.split.kind = "last_fraction"
-    for option in set(options) & set(sparse):
+    counts = [sparse[option] for option in options if option in sparse]
+    if len(counts) > 1:
+        raise ValueError(f"expected one of the variants {', '.join(sparse)} at a time, found {variant}")
+    for count in counts:
         config.split.sparse_fraction = 0.3
-        config.split.sparse_events = sparse[option]
+        config.split.sparse_events = count
     return config

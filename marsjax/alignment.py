@@ -43,7 +43,10 @@ def feature_tables(items: Items, modalities: tuple[str, ...]) -> FeatureTables:
             )
         feature_NF, present_N = items.modalities[name]
         if not present_N.any():
-            raise ValueError(f"modality {name!r}: expected features of at least one item, found none")
+            raise ValueError(
+                f"modality {name!r}: expected features of at least one item, found none; the ids of the feature file "
+                "and of the items must be the same"
+            )
         moved_NF = (feature_NF - feature_NF[present_N].mean(axis=0)) * present_N[:, None]
         features[name] = (moved_NF / max(float(moved_NF[present_N].std()), 1e-12)).astype(np.float32)
         present[name] = present_N

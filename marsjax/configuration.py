@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.util
 import inspect
-import json
 import math
 import pathlib
 import re
@@ -14,6 +12,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
+
+from marsjax.files import digest_json
 
 FLAG = "--config."
 
@@ -137,9 +137,14 @@ def check_choices(
     A key that holds several values needs at least one, and each must be a choice.
 
     Raises:
-        ValueError: naming the key, the choices and what was found.
+        ValueError: naming the key, the choices and what was found; or a key is missing.
     """
     leaves = _leaves(config)
+    if lacking := [key for key in (*choices, *at_least_one) if key not in leaves]:
+        raise ValueError(
+            f"expected a configuration with every key, found none of {', '.join(lacking[:3])}; start from "
+            "marsjax.defaults.default_config()"
+        )
     for key, known in choices.items():
         value = leaves[key]
         values = [value] if isinstance(value, str) else list(value)
@@ -194,4 +199,4 @@ def to_json(config: Any) -> Any:
 
 def fingerprint(*parts: Any) -> str:
     """sha256 over JSON values: equal parts have equal fingerprints."""
-    return hashlib.sha256(json.dumps([to_json(part) for part in parts], sort_keys=True).encode()).hexdigest()
+    return digest_json([to_json(part) for part in parts])

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
+log = logging.getLogger(__name__)
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
@@ -65,12 +68,12 @@ def write_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         yield new
         # A folder cannot be renamed over one that has content. A kill between the two renames leaves both folders
         # whole inside the partial one, and nothing at `folder`.
-        if folder.exists():
-            os.replace(folder, old)
         try:
+            if folder.exists():
+                os.replace(folder, old)
             os.replace(new, folder)
-        except OSError:
-            if old.exists():
+        except BaseException:  # an interrupt too
+            if old.exists() and not folder.exists():
                 os.replace(old, folder)
             raise
     except OSError as error:
@@ -86,13 +89,16 @@ def remove_folder(folder: pathlib.Path, *, seconds: float = 5.0) -> None:
     """Removes a folder and all in it; no error where it is not there.
 
     Orbax writes many files at once. Where one of them fails, the others are still being written for some moments, and
-    a folder that gains a file while it is being removed stays: so this tries again, for some seconds.
+    a folder that gains a file while it is being removed stays: so this tries again, for some seconds, and warns where
+    it is still there then.
     """
     until = time.monotonic() + seconds
     shutil.rmtree(folder, ignore_errors=True)
     while folder.exists() and time.monotonic() < until:
         time.sleep(0.05)
         shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        log.warning("%s could not be removed; remove it by hand", folder)
 
 
 def is_full(error: OSError) -> bool:
@@ -146,6 +152,11 @@ def digest_arrays(arrays: Mapping[str, Any]) -> str:
         digest.update(f"{name}|{array.dtype}|{array.shape}|".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """sha256 over the content of a JSON value, whatever its layout."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_objects(name: str, array: np.ndarray) -> None:

@@ -115,7 +115,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, *, command: str = "marsjax.pi
             predictions.append(train_stage(context, donation, method).predictions)
     if loaded.dataset.oracle_E is not None:
         results["best_possible"] = [predictions_of(loaded, loaded.dataset.oracle_E)] * len(config.seeds)
-    # A run that was stopped and continued took the time of its parts.
+    # Stages that an earlier run finished took the time that they took there.
     write_report(context, results, command=command, seconds=time.monotonic() - began + stages.seconds_before)
 
 
@@ -160,21 +160,29 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
     """Writes a bundle of the method `export.method`, trained with the first seed."""
     output = output or workdir / "bundle"
     serving.need_new(output)
+    if config.split.sparse_fraction:
+        raise ValueError(
+            f"export: expected split.sparse_fraction=0, found {config.split.sparse_fraction}; a bundle serves whole "
+            "histories, and no model was trained on those of the sparse users"
+        )
     context = Context(config, load(config), Stages(workdir), config.seeds[0])
     space = align_stage(context)
     vectors, _ = embed_stage(context, space)
     donation = augment_stage(context, space, vectors)
     trained = train_stage(context, donation, config.export.method)
+    augmentation = choose_augmentation(context, donation, config.export.method)
     donor_PD = vectors.user_UD[donation.donors.user_P]
     centre_D = centre_of(config, donor_PD)
     dataset, rows, _ = context.loaded
     serving.write_bundle(
         output,
         config=to_json(config),
+        blanked={
+            "time_safe": augmentation is not None and augmentation.time_safe,
+            "drop_target": augmentation is not None and augmentation.drop_target,
+        },
         counts=counts(context.loaded),
-        users=serving.latest_users(
-            dataset.log, rows, choose_augmentation(context, donation, config.export.method), vectors.user_UD
-        ),
+        users=serving.latest_users(dataset.log, rows, augmentation, vectors.user_UD),
         items=serving.Items(
             raw_id_N=dataset.items.raw_id_N,
             title_N=dataset.items.title_N,
@@ -239,6 +247,8 @@ def check(config: ConfigDict) -> None:
     )  # fmt: skip
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"config.seeds expects at least one seed, each once, got {tuple(config.seeds)}")
+    if config.retrieval.prefix_stride < 0:
+        raise ValueError(f"config.retrieval.prefix_stride expects 0 or more, got {config.retrieval.prefix_stride}")
     mars.check_theta(config.augmentation.theta, config.augmentation.theta_quantile)
 
 
@@ -280,6 +290,7 @@ def load(config: ConfigDict) -> Loaded:
                 f"split.kind={config.split.kind}: expected {name} rows of both labels, found {len(label_R)} rows, "
                 f"{int(label_R.sum())} of them positive; give more data or another split, and see `marsjax inspect`"
             )
+    find_donors(rows, cap=1)  # refuses data without
     return Loaded(dataset, rows, fingerprint(dataset.fingerprint, to_json(config.split)))
 
 
@@ -339,9 +350,9 @@ def align_stage(context: Context) -> Space:
         )
         checkpoint.save_params(folder / "params", fitted.params)
         files.write_json(folder / "diagnostics.json", fitted.evaluations)
-        loop.forget(folder)
 
     folder = stages(f"alignment-seed{seed}", key, build)
+    loop.forget(folder)
     return Space(encoder, jax.device_put(checkpoint.load_params(folder / "params", template)), tables, key)
 
 
@@ -470,12 +481,16 @@ def train_stage(context: Context, donation: Donation, method: str) -> Trained:
         checkpoint.save_params(folder / "params", trained)
         files.write_json(folder / "evaluations.json", fitted.evaluations)
         files.write_arrays(folder / "test.npz", score=score(fitted.params, fitted.statistics, test_E))
-        loop.forget(folder)
 
     folder = stages(f"{method}-seed{seed}", key, build)
+    loop.forget(folder)
     score_E, lent_E = np.zeros(len(rows.user_E), np.float32), np.zeros(len(rows.user_E), np.int64)
-    score_E[test_E] = np.load(folder / "test.npz")["score"]
-    lent_E[test_E] = batches.lent_items(events, rows, test_E, **gather)
+    with np.load(folder / "test.npz") as arrays:
+        score_E[test_E] = arrays["score"]
+    if augmentation is not None:
+        lent_E[test_E] = batches.lent_items(
+            events, rows, test_E, size=cfg.batch_size, cap=cfg.cap, augmentation=augmentation
+        )
     trained = checkpoint.load_params(folder / "params", template)
     return Trained(predictions_of(loaded, score_E, lent_E), trained["params"], trained["statistics"])
 

@@ -16,11 +16,15 @@ from marsjax import __version__
 
 @functools.cache
 def current_commit(folder: pathlib.Path = pathlib.Path(__file__).parent) -> str:
-    """The git commit of the code, with "+changes" where tracked files differ from it; the version outside git."""
+    """The git commit of the code, with "+changes" where tracked files differ from it; the version where git has none.
+
+    Installed into the tree of another project, the package is not among that project's files, and has no commit.
+    """
+    asked = (["ls-files", "--error-unmatch", "__init__.py"], ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
     try:
-        commit, changes = (
+        _, commit, changes = (
             subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in asked
         )
     except (OSError, subprocess.CalledProcessError):
         return f"version {__version__}"

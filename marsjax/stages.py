@@ -14,19 +14,22 @@ from marsjax.provenance import current_commit
 
 log = logging.getLogger(__name__)
 
+SEAL = "done.json"
+
 
 class Stages:
     """The stages of a working folder.
 
     Attributes:
         seconds_before: what earlier runs spent on the stages that this one skipped, each from its last start on.
-        commits: the commits of the code that built the stages used here.
+        commits: the commits of the code that finished the stages used here.
     """
 
     def __init__(self, workdir: pathlib.Path):
         self.workdir = pathlib.Path(workdir)
         self.seconds_before = 0.0
         self.commits: set[str] = set()
+        self._commit = current_commit()  # now: what is committed later is not the code that runs
 
     def __call__(self, name: str, fingerprint: str, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
         """The folder of a finished stage, built if it is not there.
@@ -40,32 +43,38 @@ class Stages:
             ValueError: another process is building the stage.
         """
         folder = self.workdir / "stages" / f"{name}-{fingerprint[:12]}"
-        seal = folder / "done.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):
-            if seal.exists():
-                damaged = _damaged(folder)
-                if not damaged:
-                    done = files.read_json(seal)
-                    self.seconds_before += done["seconds"]
-                    self.commits.add(done["commit"])
-                    log.info("%s: already done, skipped (%s)", name, folder)
-                    return folder
-                log.warning("%s: %s does not match its sum in %s; building the stage again", name, damaged, seal)
-                seal.unlink()
-            began = time.monotonic()
-            build(folder)
-            sums = {path.relative_to(folder).as_posix(): files.sha256_file(path) for path in _results(folder)}
-            done = {
-                "fingerprint": fingerprint,
-                "commit": current_commit(),
-                "seconds": time.monotonic() - began,
-                "sha256": sums,
-            }
-            files.write_json(seal, done)
+        if not self._is_done(folder, name):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _alone(folder):
+                if not self._is_done(folder, name):
+                    self._build(folder, name, fingerprint, build)
+        done = files.read_json(folder / SEAL)
         self.commits.add(done["commit"])
-        log.info("%s: done in %.1f s (%s)", name, done["seconds"], folder)
         return folder
+
+    def _is_done(self, folder: pathlib.Path, name: str) -> bool:
+        if not (folder / SEAL).exists():
+            return False
+        damaged = _damaged(folder)
+        if damaged:
+            log.warning("%s: %s does not match its sum in %s; building the stage again", name, damaged, folder / SEAL)
+            return False
+        self.seconds_before += files.read_json(folder / SEAL)["seconds"]
+        log.info("%s: already done, skipped (%s)", name, folder)
+        return True
+
+    def _build(self, folder: pathlib.Path, name: str, fingerprint: str, build: Callable[[pathlib.Path], None]) -> None:
+        (folder / SEAL).unlink(missing_ok=True)
+        began = time.monotonic()
+        build(folder)
+        done = {
+            "fingerprint": fingerprint,
+            "commit": self._commit,
+            "seconds": time.monotonic() - began,
+            "sha256": {path.relative_to(folder).as_posix(): files.sha256_file(path) for path in _results(folder)},
+        }
+        files.write_json(folder / SEAL, done)
+        log.info("%s: done in %.1f s (%s)", name, done["seconds"], folder)
 
 
 @contextlib.contextmanager
@@ -79,20 +88,24 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
                 f"{folder}: expected to be alone, found another process building this stage; wait for it, or use "
                 "another --workdir"
             ) from error
+        except OSError as error:  # some network disks have no locks
+            log.warning("%s cannot be locked (%s): let no other process use this --workdir", folder, error)
         yield
 
 
 def _results(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "done.json")
+    """All files but the seal and the checkpoints, which are of no use once the stage is sealed."""
+    inside = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in inside if path.relative_to(folder).parts[0] not in (SEAL, "checkpoints"))
 
 
 def _damaged(folder: pathlib.Path) -> str | None:
     """The first file that is missing or changed, if any."""
     try:
-        done = files.read_json(folder / "done.json")
+        done = files.read_json(folder / SEAL)
         sums, _, _ = done["sha256"], done["seconds"], done["commit"]
     except (ValueError, KeyError, TypeError):
-        return "done.json"
+        return SEAL
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file() or files.sha256_file(path) != expected:

@@ -260,3 +260,9 @@ def test_fingerprint_sees_content_not_row_order_between_users():
     same = build([GOOD[2], GOOD[3], GOOD[0], GOOD[1]])
     assert same.fingerprint == build().fingerprint
     assert build([*GOOD, ("u3", "a", 1, 1)]).fingerprint != build().fingerprint
+
+
+def test_fingerprint_forgets_what_was_dropped():
+    """A dropped row with a long id must not leave wider strings behind."""
+    long = build([*GOOD, ("a user of a very long name", "a", 1, float("nan"))])
+    assert long.fingerprint == build(GOOD).fingerprint

@@ -216,12 +216,29 @@ def test_words_where_numbers_belong_are_refused(tmp_path):
         load(events(tmp_path / "log.parquet", clicked=["yes", "no", "yes", "yes"]))
 
 
-@pytest.mark.parametrize(("column", "kind"), [("clicked", "label_not_0_or_1"), ("at", "missing_time")])
-def test_one_word_among_numbers_drops_its_row(tmp_path, column, kind):
-    good = {"clicked": ["1", "0", " 1", "oops"], "at": ["1", "2.5e0", "1", "oops"]}[column]
-    dataset = load(events(tmp_path / "log.csv", **{column: good}))
-    assert len(dataset.log.item_E) == 3
+NANO = 1_700_000_000_000_000_000  # differences of 1 are lost in a float
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "kind", "expected"),
+    [
+        ("clicked", ["1", "0", " 1", "oops"], "label_not_0_or_1", [1, 0, 1]),
+        ("clicked", ["true", "False", "true", "maybe"], "label_not_0_or_1", [1, 0, 1]),
+        ("at", ["1", "2.5e1", "3", "oops"], "missing_time", [1, 25, 3]),
+        ("at", [str(NANO), str(NANO + 1), str(NANO), "oops"], "missing_time", [NANO, NANO + 1, NANO]),
+        ("at", ["1970-01-01", "1970-01-01 00:00:09", "1970-01-01", "oops"], "missing_time", [0, 9, 0]),
+    ],
+)
+def test_one_bad_cell_drops_its_row(tmp_path, column, cells, kind, expected):
+    dataset = load(events(tmp_path / "log.csv", **{column: cells}))
+    found = dataset.log.label_E if column == "clicked" else dataset.log.time_E
+    np.testing.assert_array_equal(found, expected)
     assert (dataset.problems[0].kind, dataset.problems[0].where) == (kind, ("log.csv row 4",))
+
+
+def test_labels_of_minus_one_hint_at_the_threshold(tmp_path):
+    dataset = load(events(tmp_path / "log.parquet", clicked=[1, -1, 1, 1]))
+    assert dataset.problems[0].where[-1].startswith("labels are -1, 1: ")
 
 
 def test_labels_of_many_values_hint_at_the_threshold(tmp_path):
@@ -267,6 +284,9 @@ def test_ids_of_parquet_features_are_the_ids_of_the_tables(tmp_path, ids):
         ("f.txt", "expected .npz, .npy or .parquet, found .txt"),
         ("garbage.npz", "garbage.npz: the file is damaged, truncated or no .npz .*write it again"),
         ("objects.npz", "objects.npz: the file is damaged, truncated or no .npz .*write it again"),
+        ("scalars.parquet", "scalars.parquet: expected a column embedding of lists of numbers, found double"),
+        ("empty.parquet", "empty.parquet: expected vectors of one width, found widths"),
+        ("words.parquet", "words.parquet: expected a column embedding of lists of numbers, found list"),
         ("words.npz", "words.npz: expected vectors of numbers, found <U1"),
         ("cut.npy", "cut.npy: the file is damaged, truncated or no .npy .*write it again"),
     ],
@@ -280,10 +300,26 @@ def test_bad_feature_files_are_refused(tmp_path, name, message):
     (tmp_path / "garbage.npz").write_bytes(b"no archive at all")
     np.savez(tmp_path / "objects.npz", id=np.arange(2), embedding=np.array([None, 1], object))
     np.savez(tmp_path / "words.npz", id=np.arange(2), embedding=np.array([["a"], ["b"]]))
+    write(tmp_path / "scalars.parquet", id=["a"], embedding=[1.0])
+    write(
+        tmp_path / "empty.parquet",
+        id=pyarrow.array([], "string"),
+        embedding=pyarrow.array([], pyarrow.list_(pyarrow.float32())),
+    )
+    write(tmp_path / "words.parquet", id=["a"], embedding=[["x", "y"]])
     np.save(tmp_path / "cut.npy", np.ones((50, 8)))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:500])
     with pytest.raises(ValueError, match=message):
         read_features(tmp_path / name, item_ids=np.arange(50).astype(str))
+
+
+def test_missing_vectors_are_nan_and_float_ids_are_whole(tmp_path):
+    write(tmp_path / "f.parquet", id=[7.0, None, 9.0], embedding=[[1.0, 2.0], None, [None, 4.0]])
+    found = read_features(tmp_path / "f.parquet")
+    assert list(found.raw_id) == ["7", "", "9"]
+    np.testing.assert_array_equal(found.feature, [[1, 2], [np.nan, np.nan], [np.nan, 4]])
+    np.savez(tmp_path / "f.npz", id=np.array([7.0, 9.0]), embedding=np.ones((2, 2)))
+    assert list(read_features(tmp_path / "f.npz").raw_id) == ["7", "9"]
 
 
 def test_image_folder_with_a_truncated_file(tmp_path):

@@ -87,7 +87,7 @@ def test_mars_is_compared_with_every_other_method_that_lends():
     aucs = {n: np.mean([auc(p.label_B, p.score_B) for p in results[n]]) for n in ("mars", "random_donor")}
     assert row["difference"] == pytest.approx(aucs["mars"] - aucs["random_donor"])
     rows = report.quality_rows(results, dataset="d", inputs="ids", split="s", n_resamples=20)
-    assert "| mars less |" in report.as_markdown(rows, compared)
+    assert "| mars minus |" in report.as_markdown(rows, compared)
     assert report.comparisons({"base": results["base"]}) == []
 
 

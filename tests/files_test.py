@@ -146,3 +146,21 @@ def test_folder_that_gains_a_file_while_it_is_removed_goes_too(tmp_path, monkeyp
     files.remove_folder(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
     files.remove_folder(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_interrupt_between_the_renames_keeps_what_was_there(tmp_path, monkeypatch, at):
+    with files.write_folder(tmp_path / "f") as folder:
+        (folder / "x").write_text("old")
+    replace, calls = os.replace, itertools.count(1)
+
+    def interrupted(source, target):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.write_folder(tmp_path / "f") as folder:
+        (folder / "x").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert (tmp_path / "f" / "x").read_text() == "old"

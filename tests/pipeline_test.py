@@ -1,5 +1,6 @@
 """The whole of MARS on a small planted log: stages are done once, damage is mended, bundles travel."""
 
+import errno
 import json
 import logging
 import os
@@ -240,6 +241,49 @@ def test_a_damaged_seal_builds_again(tmp_path, damage):
     assert len(built) == 2
 
 
+def test_finished_stages_are_read_without_a_lock(tmp_path, monkeypatch):
+    """From a disk that cannot be written, or while another process reads them."""
+
+    def build(folder):
+        (folder / "x").write_text("1")
+
+    folder = Stages(tmp_path)("a", "0" * 64, build)
+    (lock,) = folder.parent.glob(".*.lock")
+    lock.unlink()
+    assert Stages(tmp_path)("a", "0" * 64, build) == folder
+    assert not lock.exists()
+
+
+def test_disk_without_locks_warns_and_goes_on(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("marsjax.stages.fcntl.flock", no_locks)
+    Stages(tmp_path)("a", "0" * 64, lambda folder: None)
+    assert "cannot be locked" in caplog.text
+
+
+def test_checkpoints_are_kept_until_the_stage_is_sealed(tmp_path, monkeypatch):
+    """A kill after the training and before the seal must not cost the training."""
+
+    def killed(path, value):
+        if path.name == "done.json":
+            raise KeyboardInterrupt
+        write(path, value)
+
+    write = files.write_json
+    monkeypatch.setattr(files, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.align(small_config(), tmp_path)
+    monkeypatch.undo()
+    (folder,) = (tmp_path / "stages").glob("alignment-*")
+    assert list((folder / "checkpoints").iterdir())
+    before = (folder / "metrics.jsonl").read_text()
+    pipeline.align(small_config(), tmp_path)
+    assert (folder / "metrics.jsonl").read_text() == before  # nothing was trained again
+    assert not (folder / "checkpoints").exists()
+
+
 def test_two_processes_never_build_one_stage(tmp_path):
     def build(folder):
         with pytest.raises(ValueError, match="another process building this stage"):
@@ -249,7 +293,7 @@ def test_two_processes_never_build_one_stage(tmp_path):
     Stages(tmp_path)("a", "0" * 64, build)  # the lock went with the first
 
 
-@pytest.mark.parametrize("change", ["cap", "format", "counts"])
+@pytest.mark.parametrize("change", ["cap", "format", "sum", "counts"])
 def test_manifest_that_was_changed_is_refused(exported, tmp_path, change):
     subprocess.run(["cp", "-r", str(exported), str(tmp_path / "bundle")], check=True)
     path = tmp_path / "bundle" / "manifest.json"
@@ -257,10 +301,12 @@ def test_manifest_that_was_changed_is_refused(exported, tmp_path, change):
     if change == "cap":
         manifest["config"]["ctr"]["cap"] = 2
     manifest = {"format": 1} if change == "format" else manifest
+    manifest = {"format": 2} if change == "sum" else manifest
     if change == "counts":
         del manifest["counts"]
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="manifest.json: expected a content of sha256"):
+    expected = "bundle of format 2, found 1" if change == "format" else "content of sha256"
+    with pytest.raises(ValueError, match=f"manifest.json: expected a {expected}.*export it again"):
         serving.load_bundle(tmp_path / "bundle")
 
 
@@ -450,30 +496,34 @@ def test_run_that_is_killed_in_every_stage_ends_the_same(tmp_path):
     assert (tmp_path / "whole" / "results.md").read_text() == (tmp_path / "killed" / "results.md").read_text()
 
 
-def test_bundle_blanks_what_the_run_blanks(workdir, tmp_path):
-    config = small_config(**{"augmentation.drop_target": "true", "augmentation.time_safe": "true"})
-    pipeline.export(config, workdir, output=tmp_path / "bundle")
+@pytest.mark.parametrize("method", ["mars_time_safe", "mars_without_target"])
+def test_bundle_blanks_what_its_method_blanks(workdir, tmp_path, method):
+    pipeline.export(small_config(**{"export.method": method}), workdir, output=tmp_path / "bundle")
     bundle = serving.load_bundle(tmp_path / "bundle")
-    users, raw = bundle.users, bundle.items.raw_id_N
+    users = bundle.users
     user = int(np.argmax(np.diff(users.borrowed_U1)))
     lent = slice(users.borrowed_U1[user], users.borrowed_U1[user + 1])
-    item, times = raw[users.borrowed_item_S[lent][0]], users.borrowed_time_S[lent]
-    name = str(users.raw_user_U[user])
-    request = serving.Request(name, (str(item),))
+    times, target = users.borrowed_time_S[lent], users.borrowed_item_S[lent][:1]
+    request = serving.Request(str(users.raw_user_U[user]), (str(bundle.items.raw_id_N[target[0]]),))
     nobody = bundle._replace(users=users._replace(borrowed_U1=np.zeros_like(users.borrowed_U1)))
     only_target = users._replace(
         borrowed_U1=np.where(np.arange(len(users.borrowed_U1)) > user, 1, 0),
-        borrowed_item_S=users.borrowed_item_S[lent][:1],
+        borrowed_item_S=target,
         borrowed_time_S=times[:1],
     )
-    # All that is lent is the target: as if nothing were.
-    np.testing.assert_array_equal(
-        serving.score(bundle._replace(users=only_target), [request])[0], serving.score(nobody, [request])[0]
-    )
-    # Everything is later than the request: as if nothing were lent. At the end of time it is not.
-    early, late = (request._replace(time=int(t)) for t in (times.min() - 1, times.max()))
-    np.testing.assert_array_equal(serving.score(bundle, [early])[0], serving.score(nobody, [early])[0])
-    assert serving.score(bundle, [late])[0] != serving.score(nobody, [late])[0]
+    unlent = serving.score(nobody, [request])[0]
+    if method == "mars_without_target":  # all that is lent is the target: as if nothing were
+        np.testing.assert_array_equal(serving.score(bundle._replace(users=only_target), [request])[0], unlent)
+    else:  # everything is later than the request: as if nothing were lent; at the end of time it is not
+        early, late = (request._replace(time=int(t)) for t in (times.min() - 1, times.max()))
+        np.testing.assert_array_equal(serving.score(bundle, [early])[0], unlent)
+        assert serving.score(bundle, [late])[0] != unlent
+        assert serving.score(bundle._replace(users=only_target), [late])[0] != unlent
+
+
+def test_sparse_users_are_not_exported(workdir, tmp_path):
+    with pytest.raises(ValueError, match="expected split.sparse_fraction=0, found 0.3"):
+        pipeline.export(small_config(**{"split.sparse_fraction": "0.3"}), workdir, output=tmp_path / "bundle")
 
 
 def test_unknown_history_items_are_counted(exported, caplog):
@@ -486,7 +536,7 @@ def test_unknown_history_items_are_counted(exported, caplog):
 def test_bundles_never_change(exported, workdir):
     with pytest.raises(ValueError, match="does not exist yet"):
         pipeline.export(small_config(), workdir, output=exported)
-    assert serving.load_bundle(exported).manifest["format"] == 1
+    assert serving.load_bundle(exported).manifest["format"] == 2
 
 
 @pytest.mark.parametrize(
@@ -523,6 +573,9 @@ def test_values_that_mean_nothing_are_refused_by_name(key, value, tmp_path):
         ({"export.method": "magic"}, "config.export.method expects one of"),
         ({"ctr.evaluations_per_epoch": "0"}, "config.ctr.evaluations_per_epoch expects 1 or more, got 0"),
         ({"ctr.batch_size": "0"}, "config.ctr.batch_size expects 1 or more, got 0"),
+        ({"retrieval.prefix_stride": "-1"}, "config.retrieval.prefix_stride expects 0 or more, got -1"),
+        ({"split.sparse_fraction": "0.9"}, "sparse_fraction and high_fraction together at most 1"),
+        ({"split.high_fraction": "0"}, "expected high-active users .* found none"),
         ({"augmentation.theta": "0.3"}, "exactly one of theta and theta_quantile.*set the other to none"),
         ({"augmentation.theta_quantile": "1.5"}, "theta_quantile: expected 0 to below 1, found 1.5"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 
 from marsjax.records import Borrowed, Donors
 
+CHUNK = 8192  # queries at a time
 ROUNDS = 50  # donors that a query asks at the most; only a budget near the size of the catalogue needs so many
 
 
@@ -16,35 +17,42 @@ def random_donor(donors: Donors, budget_Q: np.ndarray, *, seed: int) -> Borrowed
     holds fewer than the budget, further random donors lend the rest; the first stands last, next to the own history.
     """
     generator = np.random.default_rng(seed)
-    n_queries, n_items = len(budget_Q), int(donors.item_PL.max(initial=0)) + 1
-    lacking_Q = np.asarray(budget_Q, np.int64).copy()
-    lent: list[np.ndarray] = []  # [4, X] each: query, round, position of the donor, column
-    taken_X = np.zeros(0, np.int64)  # query * n_items + item of all that is lent
-    for turn in range(ROUNDS):
-        open_X = np.flatnonzero(lacking_Q > 0)
-        if not len(open_X):
-            break
-        for query_B in np.split(open_X, range(8192, len(open_X), 8192)):
-            position_B = generator.integers(len(donors.user_P), size=len(query_B))
-            item_BL = donors.item_PL[position_B]
-            key_BL = query_B[:, None] * n_items + item_BL
-            free_BL = (item_BL > 0) & _is_first(item_BL) & ~np.isin(key_BL, taken_X)
-            draw_BL = np.where(free_BL, generator.random(item_BL.shape), np.inf)
-            rank_BL = np.argsort(np.argsort(draw_BL, axis=1), axis=1)
-            row_X, column_X = np.nonzero(free_BL & (rank_BL < lacking_Q[query_B][:, None]))
-            lent.append(np.stack([query_B[row_X], np.full(len(row_X), -turn), position_B[row_X], column_X]))
-            lacking_Q[query_B] -= np.bincount(row_X, minlength=len(query_B))
-            taken_X = np.concatenate([taken_X, key_BL[row_X, column_X]])
-    query_S, turn_S, position_S, column_S = np.concatenate([np.zeros((4, 0), np.int64), *lent], axis=1)
-    order_S = np.lexsort((column_S, turn_S, query_S))
-    query_S, position_S, column_S = query_S[order_S], position_S[order_S], column_S[order_S]
+    chunks = range(0, len(budget_Q), CHUNK)
+    lent = [_lend(donors, np.asarray(budget_Q[at : at + CHUNK], np.int64), generator, first=at) for at in chunks]
+    query_S, position_S, column_S = np.concatenate([np.zeros((3, 0), np.int64), *lent], axis=1)
     return Borrowed(
-        start_Q1=np.searchsorted(query_S, np.arange(n_queries + 1)).astype(np.int64),
+        start_Q1=np.searchsorted(query_S, np.arange(len(budget_Q) + 1)).astype(np.int64),
         item_S=donors.item_PL[position_S, column_S],
         time_S=donors.time_PL[position_S, column_S],
         donor_S=donors.user_P[position_S].astype(np.int32),
         similarity_S=np.zeros(len(query_S), np.float32),
     )
+
+
+def _lend(donors: Donors, budget_B: np.ndarray, generator: np.random.Generator, *, first: int) -> np.ndarray:
+    """[3, S]: query (counted from `first`), position of the donor and column, in the order of the borrowed sequence."""
+    n_items, lacking_B = int(donors.item_PL.max(initial=0)) + 1, budget_B.copy()
+    lent: list[np.ndarray] = []  # [4, X] each: query, minus the round, position, column
+    taken_X = np.zeros(0, np.int64)  # query * n_items + item of all that is lent
+    for turn in range(ROUNDS):
+        query_O = np.flatnonzero(lacking_B > 0)
+        if not len(query_O):
+            break
+        position_O = generator.integers(len(donors.user_P), size=len(query_O))
+        item_OL = donors.item_PL[position_O]
+        key_OL = query_O[:, None] * n_items + item_OL
+        free_OL = (item_OL > 0) & _is_first(item_OL)
+        if turn:
+            free_OL &= ~np.isin(key_OL, taken_X)
+        draw_OL = np.where(free_OL, generator.random(item_OL.shape), np.inf)
+        rank_OL = np.argsort(np.argsort(draw_OL, axis=1), axis=1)
+        row_X, column_X = np.nonzero(free_OL & (rank_OL < lacking_B[query_O][:, None]))
+        lent.append(np.stack([query_O[row_X], np.full(len(row_X), -turn), position_O[row_X], column_X]))
+        lacking_B[query_O] -= np.bincount(row_X, minlength=len(query_O))
+        taken_X = np.concatenate([taken_X, key_OL[row_X, column_X]])
+    query_S, turn_S, position_S, column_S = np.concatenate([np.zeros((4, 0), np.int64), *lent], axis=1)
+    order_S = np.lexsort((column_S, turn_S, query_S))
+    return np.stack([query_S + first, position_S, column_S])[:, order_S]
 
 
 def _is_first(item_BL: np.ndarray) -> np.ndarray:

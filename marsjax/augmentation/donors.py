@@ -16,11 +16,14 @@ def find_donors(rows: Rows, *, cap: int) -> Donors:
     histories = rows.histories
     user_P = np.flatnonzero((rows.group_U == HIGH) & (histories.train_end_U > histories.start_U1[:-1]))
     if not len(user_P):
-        raise ValueError("expected high-active users with a training history, found none; see split.high_fraction")
+        raise ValueError(
+            "expected high-active users with a training history, found none; see split.high_fraction and "
+            "split.sparse_fraction"
+        )
     end_P = histories.train_end_U[user_P]
     times = histories._replace(item_H=histories.time_H)
     return Donors(
         user_P.astype(np.int32),
         gather_histories(histories, user_P, end_P, cap=cap),
-        gather_histories(times, user_P, end_P, cap=cap).astype(np.int64),
+        gather_histories(times, user_P, end_P, cap=cap),
     )

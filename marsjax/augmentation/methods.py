@@ -16,7 +16,7 @@ class Offer(NamedTuple):
 
     queries: Queries
     donors: Donors
-    borrowed: Borrowed  # what MARS lends; its counts are every other method's budget
+    borrowed: Borrowed  # what MARS lends; its counts are the budget of the controls
     n_items: int
     seed: int
 
@@ -31,12 +31,12 @@ def mars(offer: Offer) -> Augmentation:
 
 
 def mars_time_safe(offer: Offer) -> Augmentation:
-    """MARS without what the donor met later than the row's own time."""
+    """MARS without what the donor met later than the row's own time; nothing takes its place."""
     return Augmentation(offer.queries, offer.borrowed, time_safe=True)
 
 
 def mars_without_target(offer: Offer) -> Augmentation:
-    """MARS without the target item itself: what is left is not the donor's vote on the very item."""
+    """MARS without the target item itself, which nothing replaces: what is left is no vote on the very item."""
     return Augmentation(offer.queries, offer.borrowed, drop_target=True)
 
 

@@ -249,11 +249,9 @@ def alignment_source(
 
 
 def lent_items(
-    log: Log, rows: Rows, row_R: np.ndarray, *, size: int, cap: int, augmentation: Augmentation | None, **_: object
+    log: Log, rows: Rows, row_R: np.ndarray, *, size: int, cap: int, augmentation: Augmentation
 ) -> np.ndarray:
     """How many borrowed items stand in the history of each row, [R] int64: after truncation and blanking."""
-    if augmentation is None:
-        return np.zeros(len(row_R), np.int64)
     parts = [
         ctr_batch(log, rows, row_R[begin : begin + size], length=cap, size=size, cap=cap, augmentation=augmentation)
         for begin in range(0, len(row_R), size)

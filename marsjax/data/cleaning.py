@@ -107,7 +107,7 @@ def build_dataset(
         bad_R = (label_R != 0) & (label_R != 1)
         label_X = np.unique(label_R[np.isfinite(label_R)])
         narrow(drop("label_not_0_or_1", bad_R))
-        if bad_R.any() and len(label_X) > 2:  # a rating, most likely
+        if bad_R.any() and not np.isin(label_X, (0, 1)).all():  # a rating, most likely
             shown = ", ".join(f"{value:g}" for value in label_X[:SHOWN]) + (", ..." if len(label_X) > SHOWN else "")
             hint = f"labels are {shown}: --config.data.label_threshold=VALUE counts that and more as 1"
             found[-1] = found[-1]._replace(where=(*found[-1].where, hint))
@@ -279,4 +279,9 @@ def _fingerprint(log: Log, items: Items) -> str:
     arrays = {**log._asdict(), "raw_id": items.raw_id_N, "title": items.title_N, "category": items.category_NG}
     for modality, (feature_NF, present_N) in items.modalities.items():
         arrays |= {f"{modality}.feature": feature_NF, f"{modality}.present": present_N}
-    return digest_arrays(arrays)
+    return digest_arrays({name: _narrow(array) for name, array in arrays.items()})
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    """Strings as wide as the longest: what was dropped on the way here may have been wider."""
+    return array if array.dtype.kind != "U" else array.astype(f"<U{max(1, int(np.char.str_len(array).max(initial=0)))}")

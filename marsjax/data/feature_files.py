@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import zipfile
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def read_features(path: pathlib.Path, *, item_ids: np.ndarray | None = None) -> 
             raise ValueError(
                 f"{path}: expected arrays embedding and one of {', '.join(ID_KEYS)}, found {sorted(arrays)}"
             )
-        return RawFeatures(arrays[ids].astype(str), _numeric(arrays["embedding"], path), path.name)
+        return RawFeatures(_as_text(arrays[ids]), _numeric(arrays["embedding"], path), path.name)
     if path.suffix == ".npy":
         if item_ids is None:
             raise ValueError(f"{path}: a .npy file has no ids, expected an items table that gives their order")
@@ -57,12 +58,32 @@ def read_features(path: pathlib.Path, *, item_ids: np.ndarray | None = None) -> 
             raise ValueError(
                 f"{path}: expected columns embedding and one of {', '.join(ID_KEYS)}, found {', '.join(names)}"
             )
-        vectors = table["embedding"].to_numpy()
-        widths = {len(vector) for vector in vectors}
-        if len(widths) > 1:
-            raise ValueError(f"{path}: expected vectors of one width, found widths {sorted(widths)[:5]}")
-        return RawFeatures(read_ids(table[ids], ids, path).strings(), np.stack(list(vectors)), path.name)
+        return RawFeatures(
+            read_ids(table[ids], ids, path).strings(), _numeric(_vectors(table["embedding"], path), path), path.name
+        )
     raise ValueError(f"{path}: expected .npz, .npy or .parquet, found {path.suffix or 'no ending'}")
+
+
+def _as_text(ids: np.ndarray) -> np.ndarray:
+    """Ids as text; whole floats lose their ".0", as ids of events do."""
+    whole = ids.dtype.kind == "f" and (ids % 1 == 0).all()
+    return ids.astype(np.int64).astype(str) if whole else ids.astype(str)
+
+
+def _vectors(column: Any, path: pathlib.Path) -> np.ndarray:
+    """A list column as [I, F]; a missing list or number is NaN, which is masked and counted later."""
+    import pyarrow
+
+    kind = column.type
+    lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
+    if not lists or not (pyarrow.types.is_floating(kind.value_type) or pyarrow.types.is_integer(kind.value_type)):
+        raise ValueError(f"{path}: expected a column embedding of lists of numbers, found {kind}")
+    vectors = column.to_pylist() if column.null_count else column.to_numpy()
+    widths = {len(vector) for vector in vectors if vector is not None}
+    if len(widths) != 1:
+        raise ValueError(f"{path}: expected vectors of one width, found widths {sorted(widths)[:5]}")
+    missing = [np.nan] * widths.pop()
+    return np.array([missing if vector is None else vector for vector in vectors], np.float64)
 
 
 def _numeric(feature: np.ndarray, path: pathlib.Path) -> np.ndarray:

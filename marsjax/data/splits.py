@@ -34,10 +34,10 @@ def make_rows(
             number of these. Exact counts: ties are broken by a permutation seeded with `seed`. Users without training
             events, as "global_time" has them, are a group of their own.
         history: "all" events, or "positives" only.
-        sparse_fraction, sparse_events: makes a share of the users, drawn with `seed`, sparse: of their training events
-            they keep the first `sparse_events`, to learn from and as history of every later row. They, and no others,
-            are then the low-active users. Validation and test rows stay the same rows whatever is kept, so what a
-            longer history is worth can be read off. 0 is off.
+        sparse_fraction, sparse_events: makes a share of the users sparse: of their training events they keep the first
+            `sparse_events`, to learn from and as history of every later row. They are drawn with `seed` among those
+            who have more, and are the low-active users; nobody else is, however short. Validation and test rows stay
+            the same rows whatever is kept, so what a longer history is worth can be read off. 0 is off.
 
     Raises:
         ValueError: unknown split or history; `sparse_events` below 1; fractions outside [0, 1) or together not below 1
@@ -52,6 +52,11 @@ def make_rows(
         raise ValueError(
             f"split: expected sparse_fraction from 0 to 1 and sparse_events of 1 or more, found {sparse_fraction} and "
             f"{sparse_events}"
+        )
+    if sparse_fraction and sparse_fraction + high_fraction > 1:
+        raise ValueError(
+            f"split: expected sparse_fraction and high_fraction together at most 1, found {sparse_fraction} and "
+            f"{high_fraction}; the sparse users are the low-active ones"
         )
     if not (low_fraction >= 0 and high_fraction >= 0 and low_fraction + high_fraction <= 1):
         raise ValueError(
@@ -81,14 +86,15 @@ def make_rows(
     train_length_U = np.bincount(user_E[split_E == TRAIN], minlength=n_users)
     sparse_U = np.zeros(n_users, bool)
     if sparse_fraction:
-        chosen = np.random.default_rng(seed).permutation(n_users)[: int(round(sparse_fraction * n_users))]
-        sparse_U[chosen] = True
+        drawn_U = np.random.default_rng(seed).permutation(n_users)
+        drawn_U = drawn_U[train_length_U[drawn_U] > sparse_events]
+        sparse_U[drawn_U[: int(round(sparse_fraction * n_users))]] = True
         train_length_U = np.where(sparse_U, np.minimum(train_length_U, sparse_events), train_length_U)
         at_E = np.arange(n_events) - np.repeat(log.start_U1[:-1], length_U)
         split_E[(split_E == TRAIN) & (at_E >= train_length_U[user_E])] = -1
         low_fraction = 0.0
     group_U = activity_groups(train_length_U, low_fraction=low_fraction, high_fraction=high_fraction, seed=seed)
-    group_U[sparse_U & (train_length_U > 0)] = LOW
+    group_U[sparse_U] = LOW
     return Rows(
         user_E=user_E,
         split_E=split_E,

@@ -181,6 +181,7 @@ def _times(column: Column, path: pathlib.Path) -> np.ndarray:
     import pyarrow
     import pyarrow.compute
 
+    column = _mend(column, "time", path)
     kind = column.type
     if pyarrow.types.is_timestamp(kind) or pyarrow.types.is_date(kind):
         micro = pyarrow.compute.CastOptions(target_type=pyarrow.timestamp("us"), allow_time_truncate=True)
@@ -191,17 +192,10 @@ def _times(column: Column, path: pathlib.Path) -> np.ndarray:
 
 
 def _numbers(column: Column, ours: str, path: pathlib.Path) -> np.ndarray:
-    """Numbers, with NaN where they are missing, or where text stands in a column that mostly holds numbers."""
+    """Numbers, with NaN where they are missing."""
     import pyarrow
-    import pyarrow.compute as pc
 
-    if not len(column):
-        raise ValueError(f"{path}: expected events, found a header and no rows")
-    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        # One bad cell makes text of a whole CSV column. The bad cells become gaps, which are dropped and counted.
-        is_number = pc.match_substring_regex(column, r"^\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$")
-        if 2 * pc.sum(pc.fill_null(is_number, False)).as_py() > len(column):
-            column = pc.cast(pc.utf8_trim_whitespace(pc.if_else(is_number, column, None)), pyarrow.float64())
+    column = _mend(column, ours, path)
     values = (column.cast(pyarrow.int8()) if pyarrow.types.is_boolean(column.type) else column).to_numpy()
     if values.dtype.kind in "iuf":
         return values
@@ -210,3 +204,30 @@ def _numbers(column: Column, ours: str, path: pathlib.Path) -> np.ndarray:
         f"{path}: expected {kind} for {ours}, found {values[:3].tolist()}; write it as numbers, or map another column "
         f"with --config.data.columns.{ours}=NAME"
     )
+
+
+def _mend(column: Column, ours: str, path: pathlib.Path) -> Column:
+    """Text as what most of its cells are; the others become gaps, which are dropped and counted.
+
+    One bad cell makes text of a whole CSV column. Raises ValueError for a column without rows.
+    """
+    import pyarrow
+    import pyarrow.compute as pc
+
+    if not len(column):
+        raise ValueError(f"{path}: expected events, found a header and no rows")
+    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
+        return column
+    column = pc.utf8_trim_whitespace(column)
+    kinds = (
+        (r"^[-+]?([0-9]{1,18}|[1-8][0-9]{18})$", pyarrow.int64()),
+        (r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$", pyarrow.float64()),
+        (r"^(?i:true|false)$", pyarrow.bool_()),
+        (r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?)?$", pyarrow.timestamp("us")),
+    )
+    fits = [pc.fill_null(pc.match_substring_regex(column, pattern), False) for pattern, _ in kinds]
+    shares = [pc.mean(pc.cast(fit, pyarrow.float64())).as_py() for fit in fits]
+    best = int(np.argmax(shares))  # the first of equals: whole numbers are numbers too, and stay exact
+    if shares[best] <= 0.5:
+        return column
+    return pc.cast(pc.if_else(fits[best], column, None), kinds[best][1])

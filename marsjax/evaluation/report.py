@@ -188,10 +188,10 @@ def comparison_cells(compared: Sequence[Mapping[str, Any]]) -> tuple[list[str], 
     """Header and lines of the table of comparisons."""
     columns = list(dict.fromkeys((row["metric"], row["group"]) for row in compared))
     by_key = {(row["against"], row["metric"], row["group"]): row for row in compared}
-    header = [f"{compared[0]['method']} less", *(f"{metric} {group} [95%], Holm's p" for metric, group in columns)]
+    header = [f"{compared[0]['method']} minus", *(f"{metric} {group} [95%], Holm's p" for metric, group in columns)]
     return header, [
-        [other, *(_difference(row, row["p_holm"]) if (row := by_key.get((other, *column))) else "-"
-                  for column in columns)]
+        [other, *(_difference(row, row["p_holm"]) if (row := by_key.get((other, *column))) and row["p"] is not None
+                  else "-" for column in columns)]
         for other in dict.fromkeys(row["against"] for row in compared)
     ]  # fmt: skip
 

@@ -10,9 +10,7 @@ index/            the index over their vectors, less that vector
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +28,7 @@ from marsjax.training import checkpoint
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "usearch")
 PyTree = Any
 
@@ -115,6 +113,7 @@ def write_bundle(
     folder: pathlib.Path,
     *,
     config: Mapping[str, Any],
+    blanked: Mapping[str, bool],
     counts: Mapping[str, int],
     users: Users,
     items: Items,
@@ -124,6 +123,9 @@ def write_bundle(
     write_index: Callable[[pathlib.Path], None],
 ) -> None:
     """Writes a bundle beside `folder` and renames it, so that it appears whole or not at all.
+
+    `blanked` says whether the model was trained on borrowed items that are `time_safe`, and without the target
+    (`drop_target`): the method decides, beside the configuration.
 
     Raises:
         ValueError: `folder` exists.
@@ -142,9 +144,10 @@ def write_bundle(
             "versions": {"marsjax": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
             "counts": dict(counts),
             "config": dict(config),
+            "blanked": dict(blanked),
             "sha256": {path.relative_to(partial).as_posix(): files.sha256_file(path) for path in _files(partial)},
         }
-        files.write_json(partial / "manifest.json", manifest | {"sum": _sum(manifest)})
+        files.write_json(partial / "manifest.json", manifest | {"sum": files.digest_json(manifest)})
 
 
 def load_bundle(folder: pathlib.Path) -> Bundle:
@@ -158,8 +161,11 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
         raise ValueError(f"{folder}: expected a bundle written by `marsjax export` (manifest.json), found none")
     manifest = files.read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{folder / 'manifest.json'}: expected a bundle of format {FORMAT}; export it again")
-    expected, found = manifest.pop("sum", "no sum"), _sum(manifest)
+        found = manifest.get("format", "none") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ValueError(
+            f"{folder / 'manifest.json'}: expected a bundle of format {FORMAT}, found {found}; export it again"
+        )
+    expected, found = manifest.pop("sum", "no sum"), files.digest_json(manifest)
     if found != expected:
         raise ValueError(
             f"{folder / 'manifest.json'}: expected a content of sha256 {expected}, found {found}; the bundle is "
@@ -168,11 +174,13 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
     present = {path.relative_to(folder).as_posix() for path in _files(folder)} - {"manifest.json"}
     if present != set(manifest["sha256"]):
         different = ", ".join(sorted(present ^ set(manifest["sha256"]))[:3])
-        raise ValueError(f"{folder}: expected exactly the files of the manifest, found a difference in {different}")
+        raise ValueError(
+            f"{folder}: expected exactly the files of the manifest, found a difference in {different}; export it again"
+        )
     for name, expected in manifest["sha256"].items():
         found = files.sha256_file(folder / name)
         if found != expected:
-            raise ValueError(f"{folder / name}: expected sha256 {expected}, found {found}; the bundle is damaged")
+            raise ValueError(f"{folder / name}: expected sha256 {expected}, found {found}; export it again")
     with np.load(folder / "users.npz") as arrays:
         users = Users(**{name: arrays[name] for name in Users._fields})
     with np.load(folder / "items.npz") as arrays:
@@ -194,7 +202,7 @@ def score(bundle: Bundle, requests: Sequence[Request], *, size: int = 256) -> li
     """
     if not requests:
         return []
-    config, users = bundle.manifest["config"], bundle.users
+    config, blanked, users = bundle.manifest["config"], bundle.manifest["blanked"], bundle.users
     cap = int(config["ctr"]["cap"])
     count_R = np.array([len(request.items) for request in requests])
     target_B = _numbers(bundle, [item for request in requests for item in request.items])
@@ -217,7 +225,7 @@ def score(bundle: Bundle, requests: Sequence[Request], *, size: int = 256) -> li
         items, times = users.borrowed_item_S[lent], users.borrowed_time_S[lent]
         room = cap - len(own)
         items, times = items[len(items) - min(room, len(items)) :], times[len(times) - min(room, len(times)) :]
-        if config["augmentation"]["time_safe"] and request.time is not None:
+        if blanked["time_safe"] and request.time is not None:
             items = np.where(times <= request.time, items, 0)
         history_RL[row, : len(items)] = items
         history_RL[row, len(items) : len(items) + len(own)] = own
@@ -231,7 +239,7 @@ def score(bundle: Bundle, requests: Sequence[Request], *, size: int = 256) -> li
             part = slice(begin, begin + size)
             n = len(row_B[part])
             history_BL, borrowed_BL = history_RL[row_B[part]], borrowed_RL[row_B[part]]
-            if config["augmentation"]["drop_target"]:
+            if blanked["drop_target"]:
                 same_BL = borrowed_BL & (history_BL == target_B[part][:, None])
                 history_BL, borrowed_BL = np.where(same_BL, 0, history_BL), borrowed_BL & ~same_BL
             values = (user_R[row_B[part]].astype(np.int32) + 1, target_B[part], np.zeros(n, np.float32),
@@ -241,11 +249,6 @@ def score(bundle: Bundle, requests: Sequence[Request], *, size: int = 256) -> li
     tables = ItemTables(bundle.items.category_NG)
     score_B = objective.score(bundle.model, bundle.params, bundle.statistics, tables, batches())
     return np.split(score_B, np.cumsum(count_R)[:-1])
-
-
-def _sum(manifest: Mapping[str, Any]) -> str:
-    """sha256 of the manifest's content, whatever its layout."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -8,7 +8,6 @@ not later than the last one, and stores neither arrays without elements nor type
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import pathlib
@@ -69,7 +68,7 @@ def save(manager: Manager, step: int, state: PyTree, meta: dict[str, Any]) -> No
     leaves = flatten(state)
     # As JSON gives it back (tuples are lists, keys are text), or the sum of what is read would be another one.
     described = json.loads(json.dumps(meta)) | {"digest": files.digest_arrays(leaves), "leaves": describe(leaves)}
-    described["sum"] = _sum(described)
+    described["sum"] = files.digest_json(described)
     items = ocp.args.Composite(state=ocp.args.StandardSave(_stored(leaves)), meta=ocp.args.JsonSave(described))
     try:
         saved = manager.orbax.save(step, args=items)
@@ -106,7 +105,7 @@ def restore_latest(manager: Manager, template: PyTree) -> Restored | None:
         try:
             meta = manager.orbax.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             found, digest, expected_sum = (meta[name] for name in OWN)
-            found_sum = _sum({name: value for name, value in meta.items() if name != "sum"})
+            found_sum = files.digest_json({name: value for name, value in meta.items() if name != "sum"})
         except Exception as error:  # orbax raises many kinds, and any of them means that the step is unreadable
             _put_aside(manager, step, f"its description is unreadable ({type(error).__name__}: {error})")
             continue
@@ -242,10 +241,6 @@ def _stored(leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             "expected a tree with at least one array that has elements, found none; there is nothing to save"
         )
     return stored
-
-
-def _sum(described: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _mismatch(where: pathlib.Path, expected: dict[str, str], found: dict[str, str]) -> str:
