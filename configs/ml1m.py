@@ -2,10 +2,10 @@
 
     marsjax run --config=configs/ml1m.py --config.data.folder=PATH/ml-1m --workdir=runs/ml1m
 
-PATH/ml-1m is the official folder (ratings.dat, movies.dat; grouplens.org/datasets/movielens/1m). Item features are
-read from features/*.npz in it where they are. Variants, joined by commas: `5seeds`, `last_fraction` (each user's last
-20% as test), `sparse3`, `sparse5`, `sparse10`, `sparse20` (a random 30% of the users keep only their first 3, 5, 10 or
-20 events), `paper` (MARS as printed).
+PATH/ml-1m is the official folder (ratings.dat, movies.dat; grouplens.org/datasets/movielens/1m). Item vectors are read
+from the two files in features/ named below, which are not part of the download. Variants, joined by commas: `5seeds`,
+`last_fraction` (each user's last 20% as test), `sparse3`, `sparse5`, `sparse10`, `sparse20` (a random 30% of the users
+keep only their first 3, 5, 10 or 20 events), `paper` (MARS as printed).
 """
 
 from marsjax.defaults import default_config

@@ -604,6 +604,7 @@ def test_theta_can_be_a_value_from_the_command_line(workdir, tmp_path):
         {"augmentation.strategy": "most_similar", "augmentation.time_safe": "true"},
         {"retrieval.backend": "exact", "augmentation.drop_target": "true"},
         {"alignment.modalities": "image", "ctr.backbone": "dnn"},
+        {"alignment.modalities": "", "split.sparse_fraction": "0.3", "split.sparse_events": "3"},
         {"ctr.activation": "dice", "ctr.apart": "true", "ctr.softmax": "false"},
         {"split.kind": "last_fraction", "training.sharding": "shard_map"},
         {"split.kind": "global_time", "data.synthetic.shuffle_features": "true"},
