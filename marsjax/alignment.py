@@ -39,7 +39,7 @@ def feature_tables(items: Items, modalities: tuple[str, ...]) -> FeatureTables:
         if name not in items.modalities:
             raise ValueError(
                 f"alignment.modalities: expected modalities of the data, {sorted(items.modalities)}, found {name!r}; "
-                f"set --config.alignment.modalities, or give --config.data.{name}_features"
+                f"set --config.alignment.modalities={','.join(items.modalities)}, or give --config.data.{name}_features"
             )
         feature_NF, present_N = items.modalities[name]
         if not present_N.any():

@@ -143,7 +143,8 @@ def augment(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path |
     donation = borrow(context)
     candidates = table.read_candidates(donation.folder / "candidates.npz")
     table.write_parquet(output, candidates, donation.queries, context.loaded.rows, context.loaded.dataset)
-    say(f"{donation.borrowed.start_Q1[-1]} borrowed items of {len(donation.queries.user_Q)} queries: {output}")
+    found, kept = int((candidates.item_QS > 0).sum()), donation.borrowed.start_Q1[-1]
+    say(f"{kept} kept of {found} candidate items, for {len(donation.queries.user_Q)} queries: {output}")
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -196,7 +197,9 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             retrieval.build_index(donor_PD - centre_D, donation.donors.user_P), folder
         ),
     )
-    say(f"bundle: {output}")
+    say(
+        f"bundle of {config.export.method}, seed {context.seed}: {output}; score with `marsjax score --bundle={output}`"
+    )
 
 
 def score(*, bundle: pathlib.Path | None, requests: pathlib.Path | None, output: pathlib.Path | None) -> None:
@@ -288,7 +291,8 @@ def load(config: ConfigDict) -> Loaded:
         if not 0 < label_R.sum() < len(label_R):
             raise ValueError(
                 f"split.kind={config.split.kind}: expected {name} rows of both labels, found {len(label_R)} rows, "
-                f"{int(label_R.sum())} of them positive; give more data or another split, and see `marsjax inspect`"
+                f"{int(label_R.sum())} of them positive; give more data, another split or another label_threshold, "
+                "and see `marsjax inspect`"
             )
     find_donors(rows, cap=1)  # refuses data without
     return Loaded(dataset, rows, fingerprint(dataset.fingerprint, to_json(config.split)))

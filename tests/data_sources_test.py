@@ -59,6 +59,24 @@ def test_items_titles_and_categories(tmp_path):
     assert dataset.items.category_names == ("", "x", "y")
 
 
+def test_categories_may_be_lists(tmp_path):
+    items = write(tmp_path / "items.parquet", what=["a", "b", "c"], kind=[["x", "y"], [], None])
+    dataset = load_tabular(
+        events_path=events(tmp_path / "log.parquet"),
+        items_path=items,
+        columns=COLUMNS | {"categories": "kind"},
+        features={},
+    )
+    assert dataset.items.category_names == ("", "x", "y")
+    np.testing.assert_array_equal(dataset.items.category_NG, [[0, 0], [1, 2], [0, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_times_with_a_zone_are_utc(tmp_path, ending):
+    cells = ["1970-01-01T00:00:01Z", "1970-01-01T02:00:05+02:00", "1970-01-01T00:00:07Z", "1970-01-01T00:00:08+00:00"]
+    np.testing.assert_array_equal(load(events(tmp_path / f"log.{ending}", at=cells)).log.time_E, [1, 5, 7, 8])
+
+
 @pytest.mark.parametrize(("last", "unit"), [("1970-01-01T00:00:01", 1), ("1970-01-01T00:00:01.5", 1_000_000)])
 @pytest.mark.parametrize("ending", ["parquet", "csv"])
 def test_timestamps_become_seconds_or_microseconds_and_nulls_are_dropped(tmp_path, ending, last, unit):
@@ -226,6 +244,12 @@ NANO = 1_700_000_000_000_000_000  # differences of 1 are lost in a float
         ("clicked", ["true", "False", "true", "maybe"], "label_not_0_or_1", [1, 0, 1]),
         ("at", ["1", "2.5e1", "3", "oops"], "missing_time", [1, 25, 3]),
         ("at", [str(NANO), str(NANO + 1), str(NANO), "oops"], "missing_time", [NANO, NANO + 1, NANO]),
+        (
+            "at",
+            ["1970-01-01T00:00:01Z", "1970-01-01T02:00:05+02:00", "1970-01-01T00:00:07Z", "oops"],
+            "missing_time",
+            [1, 5, 7],
+        ),
         ("at", ["1970-01-01", "1970-01-01 00:00:09", "1970-01-01", "oops"], "missing_time", [0, 9, 0]),
     ],
 )

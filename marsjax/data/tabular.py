@@ -55,7 +55,9 @@ def load_tabular(
         named = {"item": named["item"]} | {ours: columns[ours] for ours in ("title", "categories") if ours in columns}
         table = read_table(items_path, text=named.values())
         strings = {
-            ours: read_ids(_need(table, theirs, ours, items_path), ours, items_path).strings()
+            ours: read_ids(
+                _joined(_need(table, theirs, ours, items_path), category_separator), ours, items_path
+            ).strings()
             for ours, theirs in named.items()
         }
         blank = np.full(table.num_rows, "")
@@ -137,6 +139,16 @@ def _tidy(column: Column) -> Column:
     return column
 
 
+def _joined(column: Column, separator: str) -> Column:
+    """A list of categories as text; other columns as they are."""
+    import pyarrow
+    import pyarrow.compute as pc
+
+    kind = column.type
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    return pc.binary_join(column, separator) if is_list and pyarrow.types.is_string(kind.value_type) else column
+
+
 def _need(table: Table, column: str, ours: str, path: pathlib.Path) -> Column:
     if table.column_names.count(column) != 1:
         raise ValueError(
@@ -201,7 +213,8 @@ def _numbers(column: Column, ours: str, path: pathlib.Path) -> np.ndarray:
         return values
     kind = "numbers or timestamps" if ours == "time" else "numbers or booleans"
     raise ValueError(
-        f"{path}: expected {kind} for {ours}, found {values[:3].tolist()}; write it as numbers, or map another column "
+        f"{path}: expected {kind} for {ours}, found {values[:3].tolist()}; write it as numbers (times also as "
+        f"2024-01-31T12:00:00, with or without Z or +02:00), or map another column "
         f"with --config.data.columns.{ours}=NAME"
     )
 
@@ -224,6 +237,10 @@ def _mend(column: Column, ours: str, path: pathlib.Path) -> Column:
         (r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$", pyarrow.float64()),
         (r"^(?i:true|false)$", pyarrow.bool_()),
         (r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?)?$", pyarrow.timestamp("us")),
+        (
+            r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[-+][0-9]{2}:?[0-9]{2})$",
+            pyarrow.timestamp("us", "UTC"),
+        ),
     )
     fits = [pc.fill_null(pc.match_substring_regex(column, pattern), False) for pattern, _ in kinds]
     shares = [pc.mean(pc.cast(fit, pyarrow.float64())).as_py() for fit in fits]
