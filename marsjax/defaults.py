@@ -90,8 +90,16 @@ def default_config(preset: str = "mars") -> ConfigDict:
     augmentation.time_safe = False  # borrow nothing that the donor met after the target
     augmentation.drop_target = False  # never borrow the target itself
 
+    config.votes = votes = ConfigDict()  # of the donors on the target, augmentation/votes.py
+    votes.sharpness = 8.0  # a donor counts exp(sharpness * cosine)
+    votes.shrink = 30.0  # donors of average weight who say "as usual"
+    votes.low_only = False  # ask for low-active users alone, not for all who are no donors
+
     config.ctr = ctr = ConfigDict()
     ctr.backbone = "din"  # din, dnn
+    ctr.inputs = "ids"  # ids (and categories; the paper), or strong: also content, marks of liked items, prior rates
+    ctr.components = 64  # strong: principal components of the items' text and image features
+    ctr.content = 10  # strong: width they are projected to
     ctr.embedding = 10
     ctr.attention = (32,)
     ctr.tower = (200, 80)
@@ -125,7 +133,6 @@ def default_config(preset: str = "mars") -> ConfigDict:
         "mars_without_target",
     )
     evaluation.bootstrap = 1000  # resamples of the users
-    evaluation.inputs = "ids"  # how reports name the inputs of the CTR model
 
     config.export = export = ConfigDict()
     export.method = "mars"  # which of evaluation.methods `marsjax export` bundles

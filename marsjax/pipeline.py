@@ -15,15 +15,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from marsjax import alignment, embeddings, files, retrieval
-from marsjax.augmentation import mars, table
+from marsjax.augmentation import mars, table, votes
 from marsjax.augmentation.donors import find_donors
-from marsjax.augmentation.methods import METHODS, Offer
+from marsjax.augmentation.methods import METHODS, Offer, Treatment
 from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import check_choices, fingerprint, to_json
 from marsjax.ctr import objective
-from marsjax.ctr.backbones import make_backbone
+from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
+from marsjax.ctr.items import content_table
 from marsjax.data import batches, inspection
 from marsjax.data.movielens import load_movielens
+from marsjax.data.priors import prior_numbers
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
 from marsjax.data.tabular import load_tabular
@@ -31,14 +33,15 @@ from marsjax.evaluation import metrics, report
 from marsjax.progress import progress
 from marsjax.provenance import current_commit, machine_description
 from marsjax.records import (
+    LOW,
     TEST,
     TRAIN,
     VALID,
-    Augmentation,
     Borrowed,
     Dataset,
     Donors,
     Embeddings,
+    Inputs,
     ItemTables,
     Predictions,
     Queries,
@@ -61,6 +64,8 @@ class Loaded(NamedTuple):
 
     dataset: Dataset
     rows: Rows
+    inputs: Inputs  # what every CTR model reads
+    tables: ItemTables
     fingerprint: str
 
 
@@ -88,6 +93,7 @@ class Donation(NamedTuple):
     queries: Queries
     donors: Donors
     borrowed: Borrowed
+    item_ND: np.ndarray  # [N, D] float32, item vectors of the aligned space
     folder: pathlib.Path
     fingerprint: str
 
@@ -171,10 +177,10 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
     vectors, _ = embed_stage(context, space)
     donation = augment_stage(context, space, vectors)
     trained = train_stage(context, donation, config.export.method)
-    augmentation = choose_augmentation(context, donation, config.export.method)
+    augmentation = treat(context, donation, config.export.method).augmentation
     donor_PD = vectors.user_UD[donation.donors.user_P]
     centre_D = centre_of(config, donor_PD)
-    dataset, rows, _ = context.loaded
+    dataset, rows = context.loaded.dataset, context.loaded.rows
     serving.write_bundle(
         output,
         config=to_json(config),
@@ -236,7 +242,8 @@ def check(config: ConfigDict) -> None:
             "retrieval.backend": ("usearch", "exact"),
             "augmentation.strategy": mars.STRATEGIES,
             "augmentation.vectors": ("contextual", "static"),
-            "ctr.backbone": ("din", "dnn"),
+            "ctr.backbone": BACKBONES,
+            "ctr.inputs": INPUTS,
             "ctr.activation": ("prelu", "dice"),
             "training.sharding": ("pmap", "shard_map", "single"),
             "evaluation.methods": METHODS,
@@ -295,7 +302,17 @@ def load(config: ConfigDict) -> Loaded:
                 "and see `marsjax inspect`"
             )
     find_donors(rows, cap=1)  # refuses data without
-    return Loaded(dataset, rows, fingerprint(dataset.fingerprint, to_json(config.split)))
+    is_strong = config.ctr.inputs == "strong"
+    return Loaded(
+        dataset,
+        rows,
+        Inputs(feedback=True, dense_EJ=prior_numbers(dataset.log, rows)) if is_strong else Inputs(),
+        ItemTables(
+            dataset.items.category_NG,
+            content_table(dataset.items, components=config.ctr.components) if is_strong else None,
+        ),
+        fingerprint(dataset.fingerprint, to_json(config.split)),
+    )
 
 
 def align_stage(context: Context) -> Space:
@@ -423,33 +440,36 @@ def augment_stage(context: Context, space: Space, vectors: Embeddings) -> Donati
 
     folder = stages(f"augmentation-seed{seed}", key, build)
     return Donation(
-        queries, donors, mars.kept_items(table.read_candidates(folder / "candidates.npz")), folder, key
-    )  # fmt: skip
+        queries, donors, mars.kept_items(table.read_candidates(folder / "candidates.npz")), vectors.item_ND, folder, key
+    )
 
 
 def train_stage(context: Context, donation: Donation, method: str) -> Trained:
     """Trains the CTR model on histories augmented by `method` and scores the test rows."""
     config, loaded, stages, seed = context
     cfg, events, rows = config.ctr, loaded.dataset.log, loaded.rows
-    augmentation = choose_augmentation(context, donation, method)
     model = make_backbone(to_json(cfg), **counts(loaded))
     settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
-    tables = ItemTables(loaded.dataset.items.category_NG)
-    lends = "base" if augmentation is None else [
-        method, donation.fingerprint, augmentation.time_safe, augmentation.drop_target
+    tables, inputs = loaded.tables, loaded.inputs
+    lends = "base" if method == "base" else [
+        method, donation.fingerprint, to_json(config.votes), config.augmentation.time_safe,
+        config.augmentation.drop_target,
     ]  # fmt: skip
     key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, lends)
-    gather: dict[str, Any] = {
-        "size": cfg.batch_size,
-        "cap": cfg.cap,
-        "buckets": tuple(cfg.buckets),
-        "augmentation": augmentation,
-    }
     test_E = np.flatnonzero(rows.split_E == TEST)
-    template = objective.init_model(model, tables, seed=seed)
+    dense = METHODS[method].numbers + (0 if inputs.dense_EJ is None else inputs.dense_EJ.shape[1])
+    template = objective.init_model(model, tables, seed=seed, dense=dense)
 
     def build(folder: pathlib.Path) -> None:
         train_E, valid_E = np.flatnonzero(rows.split_E == TRAIN), np.flatnonzero(rows.split_E == VALID)
+        treatment = treat(context, donation, method)
+        gather: dict[str, Any] = {
+            "size": cfg.batch_size,
+            "cap": cfg.cap,
+            "buckets": tuple(cfg.buckets),
+            "augmentation": treatment.augmentation,
+            "inputs": with_numbers(inputs, treatment.dense_EJ),
+        }
         source, per_epoch = batches.ctr_source(events, rows, train_E, epochs=cfg.epochs, seed=seed, **gather)
 
         def score(params: PyTree, statistics: PyTree, row_R: np.ndarray) -> np.ndarray:
@@ -461,7 +481,12 @@ def train_stage(context: Context, donation: Donation, method: str) -> Trained:
         def evaluate(params: PyTree, statistics: PyTree) -> dict[str, float]:
             score_R = score(params, statistics, valid_E)
             label_R = events.label_E[valid_E]
-            return {"valid_auc": metrics.auc(label_R, score_R), "valid_logloss": metrics.logloss(label_R, score_R)}
+            low_R = rows.group_U[rows.user_E[valid_E]] == LOW
+            return {
+                "valid_auc": metrics.auc(label_R, score_R),
+                "valid_auc_low": metrics.auc(label_R[low_R], score_R[low_R]),
+                "valid_logloss": metrics.logloss(label_R, score_R),
+            }
 
         fitted = loop.fit(
             objective.lifted_step(model, settings, config.training.sharding),
@@ -484,17 +509,23 @@ def train_stage(context: Context, donation: Donation, method: str) -> Trained:
         trained = {"params": fitted.params, "statistics": fitted.statistics}
         checkpoint.save_params(folder / "params", trained)
         files.write_json(folder / "evaluations.json", fitted.evaluations)
-        files.write_arrays(folder / "test.npz", score=score(fitted.params, fitted.statistics, test_E))
+        lent_R = np.zeros(len(test_E), np.int64)
+        if treatment.augmentation is not None:
+            lent_R = batches.lent_items(
+                events, rows, test_E, size=cfg.batch_size, cap=cfg.cap, augmentation=treatment.augmentation
+            )
+        files.write_arrays(
+            folder / "scores.npz",
+            test=score(fitted.params, fitted.statistics, test_E),
+            valid=score(fitted.params, fitted.statistics, valid_E),
+            lent=lent_R,
+        )
 
     folder = stages(f"{method}-seed{seed}", key, build)
     loop.forget(folder)
     score_E, lent_E = np.zeros(len(rows.user_E), np.float32), np.zeros(len(rows.user_E), np.int64)
-    with np.load(folder / "test.npz") as arrays:
-        score_E[test_E] = arrays["score"]
-    if augmentation is not None:
-        lent_E[test_E] = batches.lent_items(
-            events, rows, test_E, size=cfg.batch_size, cap=cfg.cap, augmentation=augmentation
-        )
+    with np.load(folder / "scores.npz") as arrays:
+        score_E[test_E], lent_E[test_E] = arrays["test"], arrays["lent"]
     trained = checkpoint.load_params(folder / "params", template)
     return Trained(predictions_of(loaded, score_E, lent_E), trained["params"], trained["statistics"])
 
@@ -504,7 +535,7 @@ def write_report(context: Context, results: dict[str, list[Predictions]], *, com
     config, loaded, stages, _ = context
     tests = {"n_resamples": config.evaluation.bootstrap, "seed": 0}
     rows = report.quality_rows(
-        results, dataset=loaded.dataset.name, inputs=config.evaluation.inputs, split=config.split.kind, **tests
+        results, dataset=loaded.dataset.name, inputs=config.ctr.inputs, split=config.split.kind, **tests
     )
     compared = report.comparisons(results, **tests)
     report.write_results(
@@ -592,17 +623,35 @@ def predictions_of(loaded: Loaded, score_E: np.ndarray, lent_E: np.ndarray | Non
     )
 
 
-def choose_augmentation(context: Context, donation: Donation, method: str) -> Augmentation | None:
+def treat(context: Context, donation: Donation, method: str) -> Treatment:
     """What `method` lends."""
     config, loaded, _, seed = context
-    n_items = len(loaded.dataset.items.raw_id_N)
-    offer = Offer(donation.queries, donation.donors, donation.borrowed, n_items, seed)
-    augmentation, cfg = METHODS[method](offer), config.augmentation
-    if augmentation is None:
-        return None
-    return augmentation._replace(
-        time_safe=augmentation.time_safe or cfg.time_safe, drop_target=augmentation.drop_target or cfg.drop_target
+    cfg = config.augmentation
+    offer = Offer(
+        log=loaded.dataset.log,
+        rows=loaded.rows,
+        queries=donation.queries,
+        donors=donation.donors,
+        borrowed=donation.borrowed,
+        item_ND=donation.item_ND,
+        votes=votes.Settings(
+            config.votes.sharpness, config.votes.shrink, config.retrieval.history, config.augmentation.time_safe
+        ),
+        low_only=config.votes.low_only,
+        seed=seed,
     )
+    treatment = METHODS[method].treat(offer)
+    lent = treatment.augmentation
+    if lent is None:
+        return treatment
+    blanked = lent._replace(time_safe=lent.time_safe or cfg.time_safe, drop_target=lent.drop_target or cfg.drop_target)
+    return treatment._replace(augmentation=blanked)
+
+
+def with_numbers(inputs: Inputs, dense_EJ: np.ndarray | None) -> Inputs:
+    """The inputs with further numbers beside those that are there."""
+    parts = [part for part in (inputs.dense_EJ, dense_EJ) if part is not None]
+    return inputs._replace(dense_EJ=np.concatenate(parts, axis=1) if parts else None)
 
 
 def counts(loaded: Loaded) -> dict[str, int]:
@@ -612,4 +661,5 @@ def counts(loaded: Loaded) -> dict[str, int]:
         "n_items": len(items.raw_id_N),
         "n_categories": len(items.category_names),
         "n_users": len(loaded.dataset.log.raw_user_U),
+        "n_features": 0 if loaded.tables.feature_NF is None else loaded.tables.feature_NF.shape[1],
     }

@@ -5,6 +5,7 @@ Axis letters, used as suffixes of local arrays (``history_BL``) and in the comme
     B batch rows      L history positions   K neighbours   N items, row 0 is padding   U users
     D embedding width M modalities          F raw features E events                    G categories of an item
     P possible donors
+    J numbers of a row beside its ids        V views of a history
     Q retrieval queries                     S slots of borrowed items                  C candidates
 
 Items are numbered 1..N-1 and 0 is padding everywhere. Users are numbered 0..U-1 and -1 is "no user".
@@ -128,6 +129,7 @@ class Borrowed(NamedTuple):
     time_S: np.ndarray  # [S] int64, when the donor met the item
     donor_S: np.ndarray  # [S] int32
     similarity_S: np.ndarray  # [S] float32, cosine of item and query user, Eq. 16
+    feedback_S: np.ndarray | None = None  # [S] int8 as in CtrBatch, what the donor thought of the item; None: not known
 
 
 class Donors(NamedTuple):
@@ -145,6 +147,13 @@ class Augmentation(NamedTuple):
     borrowed: Borrowed
     time_safe: bool = False  # blank what the donor met later than the target
     drop_target: bool = False  # blank the target itself
+
+
+class Inputs(NamedTuple):
+    """What a CTR model reads of an event beside the ids of user, target and history."""
+
+    feedback: bool = False  # mark history items as liked or not
+    dense_EJ: np.ndarray | None = None  # [E, J] float32, numbers about user, target and what others thought of it
 
 
 class Predictions(NamedTuple):
@@ -167,6 +176,8 @@ class CtrBatch(NamedTuple):
     weight_B: Array  # [B] float32, 1 or 0
     history_BL: Array  # [B, L] int32, borrowed items first, then the own ones in time order
     borrowed_BL: Array  # [B, L] bool, True where the entry was borrowed
+    feedback_BL: Array | None = None  # [B, L] int8: 2 liked, 1 not liked, 0 not known or padding
+    dense_BJ: Array | None = None  # [B, J] float32
 
 
 class AlignmentBatch(NamedTuple):
@@ -183,3 +194,4 @@ class ItemTables(NamedTuple):
     """Constants of the items that a CTR model reads beside their ids."""
 
     category_NG: Array  # [N, G] int32, 0 is padding
+    feature_NF: Array | None = None  # [N, F] float32, content of the items

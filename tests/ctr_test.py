@@ -9,12 +9,19 @@ from marsjax.ctr import objective
 from marsjax.ctr.activations import Activation
 from marsjax.ctr.backbones import make_backbone
 from marsjax.ctr.din import TargetAttention, masked_softmax
-from marsjax.records import CtrBatch, ItemTables
+from marsjax.ctr.items import content_table
+from marsjax.records import CtrBatch, Items, ItemTables, Modality
 
 N, G, U = 20, 4, 6
-TABLES = ItemTables(np.random.default_rng(0).integers(0, G, (N, 2)).astype(np.int32) * (np.arange(N) > 0)[:, None])
+J = 3
+TABLES = ItemTables(
+    np.random.default_rng(0).integers(0, G, (N, 2)).astype(np.int32) * (np.arange(N) > 0)[:, None],
+    np.random.default_rng(2).normal(size=(N, 5)).astype(np.float32),
+)
 SETTINGS = {
     "user_id": True,
+    "inputs": "strong",
+    "content": 3,
     "embedding": 4,
     "tower": (8, 4),
     "attention": (6, 3),
@@ -36,22 +43,25 @@ def batch(b=5, length=7, seed=0):
         np.ones(b, np.float32),
         history_BL,
         np.zeros_like(history_BL, bool),
+        (rng.integers(0, 3, (b, length)) * (history_BL > 0)).astype(np.int8),
+        rng.normal(size=(b, J)).astype(np.float32),
     )
 
 
 def build(**changes):
-    model = make_backbone(SETTINGS | {"backbone": "din"} | changes, n_items=N, n_categories=G, n_users=U)
-    variables = objective.init_model(model, TABLES, seed=0)
+    model = make_backbone(SETTINGS | {"backbone": "din"} | changes, n_items=N, n_categories=G, n_users=U, n_features=5)
+    variables = objective.init_model(model, TABLES, seed=0, dense=J)
     # Statistics and slopes away from their start, so that a wrong use of them shows.
     return model, jax.tree.map(lambda leaf: leaf + 0.1, variables)
 
 
 ALL = [
-    {"backbone": backbone, "activation": activation, "softmax": softmax, "user_id": user_id, "apart": not user_id}
+    {"backbone": backbone, "activation": activation, "softmax": softmax, "user_id": user_id, "apart": not user_id,
+     "inputs": inputs}
     for backbone, softmax in (("din", True), ("din", False), ("dnn", True))
     for activation in ("prelu", "dice")
-    for user_id in (True, False)
-]
+    for user_id, inputs in ((True, "strong"), (False, "ids"), (False, "strong"))
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", ALL)
@@ -60,7 +70,10 @@ def test_padding_changes_nothing(changes):
     model, variables = build(**changes)
     small = batch()
     large = CtrBatch(
-        *(np.pad(leaf, [(0, 3)] + ([(0, 4)] if leaf.ndim == 2 else []), constant_values=0) for leaf in small)
+        *(
+            np.pad(leaf, [(0, 3)] + ([(0, 4 * (name != "dense_BJ"))] if leaf.ndim == 2 else []), constant_values=0)
+            for name, leaf in small._asdict().items()
+        )
     )
     for train in (False, True):
         kwargs = {"train": train, "mutable": ["statistics"]}
@@ -75,9 +88,42 @@ def test_padding_changes_nothing(changes):
 def test_history_order_does_not_matter(changes):
     model, variables = build(**changes)
     small = batch()
-    turned = small._replace(history_BL=small.history_BL[:, ::-1])
+    turned = small._replace(history_BL=small.history_BL[:, ::-1], feedback_BL=small.feedback_BL[:, ::-1])
     first_B, second_B = (model.apply(variables, each, TABLES, train=False) for each in (small, turned))
     np.testing.assert_allclose(first_B, second_B, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["din", "dnn"])
+@pytest.mark.parametrize("field", ["feedback_BL", "dense_BJ"])
+def test_strong_inputs_are_read_and_ids_ignores_the_marks(backbone, field):
+    moved = batch()._replace(**{field: getattr(batch(seed=3), field)})
+    for inputs, reads in (("strong", True), ("ids", field == "dense_BJ")):
+        model, variables = build(backbone=backbone, inputs=inputs)
+        first_B, second_B = (model.apply(variables, each, TABLES, train=False) for each in (batch(), moved))
+        assert (np.abs(first_B - second_B)[2:] > 1e-6).any() == reads
+
+
+def test_content_is_read_by_strong_models_only():
+    other = TABLES._replace(feature_NF=-TABLES.feature_NF)
+    for inputs in ("strong", "ids"):
+        model, variables = build(inputs=inputs)
+        first_B, second_B = (model.apply(variables, batch(), each, train=False) for each in (TABLES, other))
+        assert (np.abs(first_B - second_B) > 1e-6).any() == (inputs == "strong")
+
+
+def test_content_table_is_white_and_centred():
+    rng = np.random.default_rng(0)
+    present_N = np.arange(30) > 2
+    feature_NF = rng.normal(size=(30, 6)).astype(np.float32) * np.arange(1, 7) * present_N[:, None]
+    items = Items(np.arange(30).astype(str), None, None, (), {"text": Modality(feature_NF, present_N)})
+    table_NF = content_table(items, components=4)
+    np.testing.assert_allclose(table_NF.T @ table_NF / 30, np.eye(4), atol=1e-4)
+    np.testing.assert_allclose(table_NF[:3], 0, atol=1e-5)
+    # The components are those of largest variance: the six columns have standard deviations 1 to 6.
+    moved_NF = (feature_NF - feature_NF[present_N].mean(axis=0)) * present_N[:, None]
+    kept = np.linalg.norm(table_NF.T @ moved_NF / 30)  # of whitened components: the root of their variances
+    np.testing.assert_allclose(kept, np.linalg.norm(np.linalg.svd(moved_NF)[1][:4] / np.sqrt(30)), rtol=1e-5)
+    assert content_table(items._replace(modalities={}), components=4).shape == (30, 0)
 
 
 @pytest.mark.parametrize("changes", ALL)
@@ -122,8 +168,15 @@ def test_masked_softmax():
 
 def test_repeating_a_history_leaves_softmax_attention_alone():
     """Why repeated padding cannot change a softmax DIN, while it scales a sum-pooled one."""
-    small = batch()._replace(history_BL=batch().history_BL[:, :3], borrowed_BL=np.zeros((5, 3), bool))
-    twice = small._replace(history_BL=np.tile(small.history_BL, 2), borrowed_BL=np.zeros((5, 6), bool))
+    whole = batch()
+    small = whole._replace(
+        history_BL=whole.history_BL[:, :3], borrowed_BL=np.zeros((5, 3), bool), feedback_BL=whole.feedback_BL[:, :3]
+    )
+    twice = small._replace(
+        history_BL=np.tile(small.history_BL, 2),
+        borrowed_BL=np.zeros((5, 6), bool),
+        feedback_BL=np.tile(small.feedback_BL, 2),
+    )
     for softmax, same in ((True, True), (False, False)):
         model, variables = build(softmax=softmax)
         first_B, second_B = (model.apply(variables, each, TABLES, train=False) for each in (small, twice))

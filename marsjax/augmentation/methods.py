@@ -1,4 +1,4 @@
-"""The methods that a report compares: what each lends. A method is one function and one line in `METHODS`."""
+"""The methods that a report compares. A method is one function and one line in `METHODS`."""
 
 from __future__ import annotations
 
@@ -7,56 +7,134 @@ from typing import NamedTuple
 
 import numpy as np
 
-from marsjax.augmentation import controls
-from marsjax.records import Augmentation, Borrowed, Donors, Queries
+from marsjax.augmentation import controls, votes
+from marsjax.records import HIGH, LOW, TRAIN, Augmentation, Borrowed, Donors, Log, Queries, Rows
 
 
 class Offer(NamedTuple):
-    """What a method may lend from, and how much."""
+    """What a method may use."""
 
+    log: Log
+    rows: Rows
     queries: Queries
     donors: Donors
-    borrowed: Borrowed  # what MARS lends; its counts are the budget of the controls
-    n_items: int
+    borrowed: Borrowed  # what MARS lends; its counts are the budget of the other methods
+    item_ND: np.ndarray  # [N, D] float32, item vectors of the aligned space
+    votes: votes.Settings
+    low_only: bool  # ask voters for low-active users alone
     seed: int
 
 
-def base(offer: Offer) -> None:
+class Treatment(NamedTuple):
+    """How a method changes what the CTR model reads."""
+
+    augmentation: Augmentation | None = None  # items lent, in the history
+    dense_EJ: np.ndarray | None = None  # [E, J] float32, numbers lent, beside the history
+
+
+def base(offer: Offer) -> Treatment:
     """Nothing is lent."""
+    return Treatment()
 
 
-def mars(offer: Offer) -> Augmentation:
+def mars(offer: Offer) -> Treatment:
     """What the similar donor's history has that is relevant, Eqs. 15-18."""
-    return Augmentation(offer.queries, offer.borrowed)
+    return lend(offer, offer.borrowed)
 
 
-def mars_time_safe(offer: Offer) -> Augmentation:
+def mars_time_safe(offer: Offer) -> Treatment:
     """MARS without what the donor met later than the row's own time; nothing takes its place."""
-    return Augmentation(offer.queries, offer.borrowed, time_safe=True)
+    return lend(offer, offer.borrowed, time_safe=True)
 
 
-def mars_without_target(offer: Offer) -> Augmentation:
+def mars_without_target(offer: Offer) -> Treatment:
     """MARS without the target item itself, which nothing replaces: what is left is no vote on the very item."""
-    return Augmentation(offer.queries, offer.borrowed, drop_target=True)
+    return lend(offer, offer.borrowed, drop_target=True)
 
 
-def random_donor(offer: Offer) -> Augmentation:
+def mars_vote(offer: Offer) -> Treatment:
+    """The vote of all donors on the target, weighted by similarity in the aligned space; no items are lent."""
+    return ask(offer, offer.item_ND)
+
+
+def mars_vote_time_safe(offer: Offer) -> Treatment:
+    """The vote of those who met the target before the row's own time."""
+    return ask(offer._replace(votes=offer.votes._replace(time_safe=True)), offer.item_ND)
+
+
+def mars_vote_and_items(offer: Offer) -> Treatment:
+    """The vote beside the borrowed items."""
+    return Treatment(mars(offer).augmentation, mars_vote(offer).dense_EJ)
+
+
+def everybody_votes(offer: Offer) -> Treatment:
+    """Control: all donors count the same, so what is lent is what donors think of the target, whoever asks."""
+    return ask(offer._replace(votes=offer.votes._replace(sharpness=0.0)), offer.item_ND)
+
+
+def collaborative_vote(offer: Offer) -> Treatment:
+    """Control: users are compared by the very items they like, without text or images."""
+    return ask(offer, np.eye(len(offer.item_ND), dtype=np.float32) * (np.arange(len(offer.item_ND)) > 0))
+
+
+def random_donor(offer: Offer) -> Treatment:
     """The same number of items of a random high-active user."""
     budget_Q = np.diff(offer.borrowed.start_Q1)
-    return Augmentation(offer.queries, controls.random_donor(offer.donors, budget_Q, seed=offer.seed))
+    return lend(offer, controls.random_donor(offer.donors, budget_Q, seed=offer.seed))
 
 
-def popular_items(offer: Offer) -> Augmentation:
+def popular_items(offer: Offer) -> Treatment:
     """The same number of the items that most donors hold."""
     budget_Q = np.diff(offer.borrowed.start_Q1)
-    return Augmentation(offer.queries, controls.popular_items(offer.donors, budget_Q, n_items=offer.n_items))
+    return lend(offer, controls.popular_items(offer.donors, budget_Q, n_items=len(offer.item_ND)))
 
 
-METHODS: dict[str, Callable[[Offer], Augmentation | None]] = {
-    "base": base,
-    "random_donor": random_donor,
-    "popular_items": popular_items,
-    "mars": mars,
-    "mars_time_safe": mars_time_safe,
-    "mars_without_target": mars_without_target,
+class Method(NamedTuple):
+    """A function, and what must be known of it before it is called."""
+
+    treat: Callable[[Offer], Treatment]
+    numbers: int = 0  # J of `Treatment.dense_EJ`
+
+
+METHODS: dict[str, Method] = {
+    "base": Method(base),
+    "random_donor": Method(random_donor),
+    "popular_items": Method(popular_items),
+    "mars": Method(mars),
+    "mars_time_safe": Method(mars_time_safe),
+    "mars_without_target": Method(mars_without_target),
+    "mars_vote": Method(mars_vote, 2),
+    "mars_vote_time_safe": Method(mars_vote_time_safe, 2),
+    "mars_vote_and_items": Method(mars_vote_and_items, 2),
+    "everybody_votes": Method(everybody_votes, 2),
+    "collaborative_vote": Method(collaborative_vote, 2),
 }
+
+
+def lend(offer: Offer, borrowed: Borrowed, *, time_safe: bool = False, drop_target: bool = False) -> Treatment:
+    """Items lent to the queries, each with what its donor thought of it."""
+    known = borrowed._replace(feedback_S=opinions(offer.log, offer.rows, borrowed, n_items=len(offer.item_ND)))
+    return Treatment(Augmentation(offer.queries, known, time_safe, drop_target))
+
+
+def ask(offer: Offer, item_ND: np.ndarray) -> Treatment:
+    """The donors' votes on the targets of all rows of users who are no donors (or of the low-active ones alone)."""
+    group_E = offer.rows.group_U[offer.rows.user_E]
+    asks_E = (group_E == LOW if offer.low_only else group_E != HIGH) & (offer.rows.split_E >= 0)
+    voters = votes.make_voters(offer.log, offer.rows, offer.donors.user_P, item_ND)
+    dense_E2 = np.zeros((len(group_E), 2), np.float32)
+    row_R = np.flatnonzero(asks_E)
+    dense_E2[row_R] = votes.vote(offer.log, offer.rows, voters, item_ND, row_R, offer.votes)
+    return Treatment(dense_EJ=dense_E2)
+
+
+def opinions(log: Log, rows: Rows, borrowed: Borrowed, *, n_items: int) -> np.ndarray:
+    """What the lender of each item thought of it in training, [S] int8 as in `CtrBatch`: 2, 1, or 0 for not known."""
+    train_X = np.flatnonzero(rows.split_E == TRAIN)
+    key_X = rows.user_E[train_X].astype(np.int64) * n_items + log.item_E[train_X]
+    order_X = np.argsort(key_X, kind="stable")
+    key_X, mark_X = key_X[order_X], 1 + (log.label_E[train_X][order_X] > 0)
+    key_S = borrowed.donor_S.astype(np.int64) * n_items + borrowed.item_S
+    # Of several events with the item, the last one speaks.
+    at_S = np.searchsorted(key_X, key_S, side="right") - 1
+    return np.where((at_S >= 0) & (key_X[at_S] == key_S), mark_X[at_S], 0).astype(np.int8)

@@ -11,8 +11,10 @@ from marsjax.ctr.din import Din
 from marsjax.ctr.dnn import Dnn
 
 
-def make_backbone(settings: Mapping[str, Any], *, n_items: int, n_categories: int, n_users: int) -> nn.Module:
-    """The model that `settings` (the section `ctr` of a configuration) names.
+def make_backbone(
+    settings: Mapping[str, Any], *, n_items: int, n_categories: int, n_users: int, n_features: int
+) -> nn.Module:
+    """The model that `settings` (the section `ctr` of a configuration) names, for tables of these sizes.
 
     Raises ValueError for an unknown backbone.
     """
@@ -21,14 +23,24 @@ def make_backbone(settings: Mapping[str, Any], *, n_items: int, n_categories: in
         "n_categories": n_categories,
         "n_users": n_users if settings["user_id"] else 0,
         "embedding": settings["embedding"],
+        "content": settings["content"] if settings["inputs"] == "strong" and n_features else 0,
+        "feedback": settings["inputs"] == "strong",
         "apart": settings["apart"],
         "tower": tuple(settings["tower"]),
         "activation": settings["activation"],
     }
-    backbones = {
-        "din": lambda: Din(**shared, attention=tuple(settings["attention"]), softmax=settings["softmax"]),
-        "dnn": lambda: Dnn(**shared),
-    }
-    if settings["backbone"] not in backbones:
-        raise ValueError(f"ctr.backbone: expected one of {sorted(backbones)}, found {settings['backbone']!r}")
-    return backbones[settings["backbone"]]()
+    if settings["backbone"] not in BACKBONES:
+        raise ValueError(f"ctr.backbone: expected one of {sorted(BACKBONES)}, found {settings['backbone']!r}")
+    return BACKBONES[settings["backbone"]](settings, shared)
+
+
+def _din(settings: Mapping[str, Any], shared: dict[str, Any]) -> nn.Module:
+    return Din(**shared, attention=tuple(settings["attention"]), softmax=settings["softmax"])
+
+
+def _dnn(settings: Mapping[str, Any], shared: dict[str, Any]) -> nn.Module:
+    return Dnn(**shared)
+
+
+BACKBONES = {"din": _din, "dnn": _dnn}
+INPUTS = ("ids", "strong")  # ids and categories, or also content, feedback and priors

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from marsjax.ctr.activations import Activation, Tower
-from marsjax.ctr.items import ItemEmbedding, user_embedding
+from marsjax.ctr.items import ItemEmbedding, feedback_embedding, user_embedding
 from marsjax.records import CtrBatch, ItemTables
 
 
@@ -45,6 +45,8 @@ class Din(nn.Module):
 
     Attributes:
         n_users: rows of an embedding of the user's id beside the history; 0 does without.
+        content: width of the projected content of items; 0 does without.
+        feedback: history items carry the mark of what the user thought of them.
         softmax: normalise the attention weights over the history. Off is the original DIN (a weighted sum).
         apart: pool borrowed items apart from the user's own, by the same attention. Together (Eq. 18) a few own items
             may drown among many borrowed ones; apart, only rows that borrow train the tower's use of them.
@@ -56,6 +58,8 @@ class Din(nn.Module):
     n_categories: int
     n_users: int = 0
     embedding: int = 10
+    content: int = 0
+    feedback: bool = False
     attention: tuple[int, ...] = (32,)
     tower: tuple[int, ...] = (200, 80)
     softmax: bool = True
@@ -63,26 +67,53 @@ class Din(nn.Module):
     activation: str = "prelu"
     axis_name: str | None = None
 
-    @nn.compact
+    def setup(self) -> None:
+        self.items = ItemEmbedding(self.n_items, self.n_categories, self.embedding, self.content)
+        # A softmax over the history cancels a bias of the last layer, and only noise would train it.
+        self.attend = TargetAttention(self.attention, self.activation, not self.softmax, self.axis_name)
+        if self.feedback:
+            self.marks = feedback_embedding()
+        if self.n_users:
+            self.users = user_embedding(self.n_users, self.embedding)
+        self.score = Tower(self.tower, self.activation, self.axis_name)
+
+    def embed(self, item_ND: jax.Array, batch: CtrBatch) -> tuple[jax.Array, jax.Array]:
+        """Targets [B, D] and histories [B, L, D]; with marks both have room for them, and targets have none."""
+        target_BD, history_BLD = item_ND[batch.target_B], item_ND[batch.history_BL]
+        if self.feedback:
+            mark_BLD = self.marks(batch.feedback_BL)
+            history_BLD = jnp.concatenate([history_BLD, mark_BLD], axis=2)
+            target_BD = jnp.pad(target_BD, ((0, 0), (0, mark_BLD.shape[2])))
+        return target_BD, history_BLD
+
+    def interests(
+        self,
+        target_BD: jax.Array,
+        history_BLD: jax.Array,
+        mask_PBL: list[jax.Array],
+        weight_B: jax.Array,
+        *,
+        train: bool,
+    ) -> list[jax.Array]:
+        """What the attention pools of each part of the history, given by its mask: [B, D] each."""
+        in_some_BL = jnp.minimum(sum(mask_PBL), 1.0)
+        weight_BL = self.attend(target_BD, history_BLD, in_some_BL * weight_B[:, None], train=train)
+        weights = [masked_softmax(weight_BL, mask_BL) if self.softmax else weight_BL * mask_BL for mask_BL in mask_PBL]
+        return [jnp.einsum("bl,bld->bd", part_BL, history_BLD) for part_BL in weights]
+
     def __call__(self, batch: CtrBatch, tables: ItemTables, *, train: bool) -> jax.Array:
         """Returns logit_B. Padding of the history and of the batch changes nothing."""
-        item_ND = ItemEmbedding(self.n_items, self.n_categories, self.embedding)(tables)
-        target_BD, history_BLD = item_ND[batch.target_B], item_ND[batch.history_BL]
-        mask_BL = (batch.history_BL > 0).astype(jnp.float32)
-        attend = TargetAttention(self.attention, self.activation, not self.softmax, self.axis_name)
-        weight_BL = attend(target_BD, history_BLD, mask_BL * batch.weight_B[:, None], train=train)
-        is_lent_BL = batch.borrowed_BL.astype(jnp.float32)
+        target_BD, history_BLD = self.embed(self.items(tables), batch)
+        mask_BL, is_lent_BL = (value.astype(jnp.float32) for value in (batch.history_BL > 0, batch.borrowed_BL))
         parts = [mask_BL * (1 - is_lent_BL), mask_BL * is_lent_BL] if self.apart else [mask_BL]
         features = [target_BD]
-        for part_BL in parts:
-            part_weight_BL = masked_softmax(weight_BL, part_BL) if self.softmax else weight_BL * part_BL
-            interest_BD = jnp.einsum("bl,bld->bd", part_weight_BL, history_BLD)
+        for interest_BD in self.interests(target_BD, history_BLD, parts, batch.weight_B, train=train):
             features += [interest_BD, target_BD * interest_BD]
-        features_BF = jnp.concatenate(features, axis=1)
         if self.n_users:
-            user_BD = user_embedding(self, self.n_users, self.embedding, batch)
-            features_BF = jnp.concatenate([features_BF, user_BD], axis=1)
-        return Tower(self.tower, self.activation, self.axis_name)(features_BF, batch.weight_B, train=train)
+            features.append(self.users(batch.user_B))
+        if batch.dense_BJ is not None:
+            features.append(batch.dense_BJ)
+        return self.score(jnp.concatenate(features, axis=1), batch.weight_B, train=train)
 
 
 def masked_softmax(logit_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:

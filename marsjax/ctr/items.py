@@ -1,12 +1,15 @@
-"""Item embeddings shared by all backbones: an id embedding beside the mean embedding of the item's categories."""
+"""Item embeddings shared by all backbones: id, mean of the categories, and content where it is given."""
 
 from __future__ import annotations
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from marsjax.records import CtrBatch, ItemTables
+from marsjax.records import Array, Items, ItemTables
+
+FEEDBACK_WIDTH = 4  # of the embedding of liked, not liked and not known
 
 
 class ItemEmbedding(nn.Module):
@@ -16,15 +19,17 @@ class ItemEmbedding(nn.Module):
         n_items: N, rows of the tables, padding included.
         n_categories: category numbers, padding included; 1 where the data have none.
         width: width of the id embedding and of the category embedding.
+        content: width of the projected features of `ItemTables`; 0 does without.
     """
 
     n_items: int
     n_categories: int
     width: int
+    content: int = 0
 
     @nn.compact
     def __call__(self, tables: ItemTables) -> jax.Array:
-        """Returns [N, D] with D = 2 * width (width without categories); row 0 is zero."""
+        """Returns [N, D], the parts side by side; row 0 is zero."""
         init = nn.initializers.normal(stddev=self.width**-0.5)
         id_ND = self.param("item", init, (self.n_items, self.width))
         parts = [id_ND]
@@ -33,11 +38,51 @@ class ItemEmbedding(nn.Module):
             known_NG1 = (tables.category_NG > 0).astype(jnp.float32)[..., None]
             total_ND = jnp.sum(category_CD[tables.category_NG] * known_NG1, axis=1)
             parts.append(total_ND / jnp.maximum(jnp.sum(known_NG1, axis=1), 1.0))
+        if self.content:
+            parts.append(nn.Dense(self.content, use_bias=False, name="content")(tables.feature_NF))
         real_N1 = (jnp.arange(self.n_items) > 0).astype(jnp.float32)[:, None]
         return jnp.concatenate(parts, axis=1) * real_N1
 
 
-def user_embedding(module: nn.Module, n_users: int, width: int, batch: CtrBatch) -> jax.Array:
-    """Adds a user table to `module`; returns [B, width]."""
-    table_UD = module.param("user", nn.initializers.normal(stddev=0.01), (n_users + 1, width))
-    return table_UD[batch.user_B]
+def content_table(items: Items, *, components: int) -> np.ndarray:
+    """Item features of all modalities in few numbers, [N, F] float32: principal components, whitened.
+
+    Each modality is centred over the items that have it and scaled to one variance; absent features count as the mean.
+    Whitening lets a small projection learn at one rate from all directions. [N, 0] without modalities.
+    """
+    parts = []
+    for feature_NF, present_N in items.modalities.values():
+        if not present_N.any():
+            continue
+        moved_NF = (feature_NF - feature_NF[present_N].mean(axis=0)) * present_N[:, None]
+        parts.append(moved_NF / max(float(np.sqrt((moved_NF[present_N] ** 2).sum(axis=1).mean())), 1e-12))
+    if not parts:
+        return np.zeros((len(items.raw_id_N), 0), np.float32)
+    left_NF, _, _ = np.linalg.svd(np.concatenate(parts, axis=1).astype(np.float64), full_matrices=False)
+    left_NF = left_NF[:, :components] * np.sqrt(len(left_NF))
+    # The sign of a component is arbitrary, and libraries differ in it: its largest entry is positive.
+    left_NF = left_NF * np.sign(left_NF[np.argmax(np.abs(left_NF), axis=0), np.arange(left_NF.shape[1])])[None]
+    return left_NF.astype(np.float32)
+
+
+class Embedding(nn.Module):
+    """A table of vectors, gathered by number."""
+
+    rows: int
+    width: int
+    stddev: float
+
+    @nn.compact
+    def __call__(self, number: Array) -> jax.Array:
+        """Numbers [...] -> [..., width]."""
+        return self.param("table", nn.initializers.normal(stddev=self.stddev), (self.rows, self.width))[number]
+
+
+def user_embedding(n_users: int, width: int) -> Embedding:
+    """Of users' numbers + 1; 0 is padding and unknown users."""
+    return Embedding(n_users + 1, width, stddev=0.01)
+
+
+def feedback_embedding() -> Embedding:
+    """Of the marks of history items: not known, not liked, liked."""
+    return Embedding(3, FEEDBACK_WIDTH, stddev=0.5)

@@ -20,10 +20,16 @@ from marsjax.training.step import LossFn, Share, StepFn, make_step, total
 PyTree = Any
 
 
-def init_model(model: nn.Module, tables: ItemTables, *, seed: int) -> dict[str, PyTree]:
-    """Parameters and running statistics of a backbone, under "params" and "statistics"."""
+def init_model(model: nn.Module, tables: ItemTables, *, seed: int, dense: int = 0) -> dict[str, PyTree]:
+    """Parameters and running statistics of a backbone, under "params" and "statistics".
+
+    `dense` is J, how many numbers the rows of its batches have beside ids; 0: none.
+    """
     number_B, weight_B, history_BL = np.zeros(2, np.int32), np.zeros(2, np.float32), np.zeros((2, 1), np.int32)
-    batch = CtrBatch(number_B, number_B, weight_B, weight_B, history_BL, history_BL > 0)
+    dense_BJ = np.zeros((2, dense), np.float32) if dense else None
+    batch = CtrBatch(
+        number_B, number_B, weight_B, weight_B, history_BL, history_BL > 0, history_BL.astype(np.int8), dense_BJ
+    )
     variables = model.init(jax.random.key(seed), batch, tables, train=False)
     return {"params": variables["params"], "statistics": variables.get("statistics", {})}
 

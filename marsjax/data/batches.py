@@ -15,9 +15,10 @@ import grain.python as grain
 import numpy as np
 
 from marsjax.data.histories import gather_histories
-from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Log, Rows
+from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Inputs, Log, Rows
 
 Batch = TypeVar("Batch")
+IDS = Inputs()
 
 
 class Epoch(NamedTuple):
@@ -77,6 +78,7 @@ def ctr_batch(
     size: int,
     cap: int,
     augmentation: Augmentation | None = None,
+    inputs: Inputs = IDS,
 ) -> CtrBatch:
     """Gathers CTR rows `row_B` (event numbers) into a batch of `size` rows and histories of `length`.
 
@@ -92,8 +94,13 @@ def ctr_batch(
     column_1L = np.arange(length)[None, :]
     is_own_BL = (column_1L >= extra_B[:, None]) & (column_1L < total_B[:, None])
     own_at_BL = (histories.end_E[row_B] - total_B)[:, None] + column_1L
+    own_at_BL = np.where(is_own_BL, own_at_BL, 0)
     item_H = histories.item_H if len(histories.item_H) else np.zeros(1, np.int32)
-    history_BL = np.where(is_own_BL, item_H[np.where(is_own_BL, own_at_BL, 0)], 0)
+    history_BL = np.where(is_own_BL, item_H[own_at_BL], 0)
+    feedback_BL = None
+    if inputs.feedback:
+        label_H = histories.label_H if len(histories.label_H) else np.zeros(1, np.float32)
+        feedback_BL = np.where(is_own_BL, feedback(label_H[own_at_BL]), 0)
     borrowed_BL = np.zeros(history_BL.shape, bool)
     if augmentation is not None and extra_B.any():
         borrowed = augmentation.borrowed
@@ -106,6 +113,8 @@ def ctr_batch(
         if augmentation.drop_target:
             is_borrowed_BL &= borrowed.item_S[at_BL] != log.item_E[row_B][:, None]
         history_BL = np.where(is_borrowed_BL, borrowed.item_S[at_BL], history_BL)
+        if feedback_BL is not None and borrowed.feedback_S is not None:
+            feedback_BL = np.where(is_borrowed_BL, borrowed.feedback_S[at_BL], feedback_BL)
         borrowed_BL = is_borrowed_BL
 
     return CtrBatch(
@@ -115,7 +124,14 @@ def ctr_batch(
         weight_B=pad_to(size, np.ones(len(row_B)), np.float32),
         history_BL=pad_to(size, history_BL, np.int32),
         borrowed_BL=pad_to(size, borrowed_BL, np.bool_),
+        feedback_BL=None if feedback_BL is None else pad_to(size, feedback_BL, np.int8),
+        dense_BJ=None if inputs.dense_EJ is None else pad_to(size, inputs.dense_EJ[row_B], np.float32),
     )
+
+
+def feedback(label_X: np.ndarray) -> np.ndarray:
+    """The mark of a history item [X] int8: 2 liked, 1 not liked."""
+    return 1 + (label_X > 0).astype(np.int8)
 
 
 def plan_epoch(length_R: np.ndarray, row_R: np.ndarray, *, size: int, buckets: tuple[int, ...], seed: int) -> Epoch:
@@ -156,6 +172,7 @@ def ctr_source(
     epochs: int,
     seed: int,
     augmentation: Augmentation | None = None,
+    inputs: Inputs = IDS,
 ) -> tuple[BatchSource[CtrBatch], int]:
     """Training batches over `epochs` epochs of the rows `row_R`, and the number of batches in one epoch."""
     buckets = tuple(sorted({min(bucket, cap) for bucket in buckets} | {cap}))
@@ -179,6 +196,7 @@ def ctr_source(
             size=size,
             cap=cap,
             augmentation=augmentation,
+            inputs=inputs,
         )
 
     return BatchSource(make, per_epoch * epochs), per_epoch
@@ -275,6 +293,7 @@ def evaluation_batches(
     cap: int,
     buckets: tuple[int, ...],
     augmentation: Augmentation | None = None,
+    inputs: Inputs = IDS,
 ) -> EvaluationBatches:
     """Every row once, sorted by history length so that short ones share short batches."""
     bound_K = np.asarray(sorted({min(bucket, cap) for bucket in buckets} | {cap}))
@@ -294,6 +313,7 @@ def evaluation_batches(
                     size=size,
                     cap=cap,
                     augmentation=augmentation,
+                    inputs=inputs,
                 )
 
     return EvaluationBatches(batches, order_R)

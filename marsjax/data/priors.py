@@ -1,0 +1,46 @@
+"""What was known of a user and of an item before each event: counts and rates of likes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from marsjax.records import TRAIN, Log, Rows
+
+STRENGTH = 10.0  # events that the rate over all training events counts for, where a user or an item has few
+
+
+def prior_numbers(log: Log, rows: Rows) -> np.ndarray:
+    """Four numbers for each event, [E, 4] float32: the user's rate of likes and count of events in the visible history,
+    the item's rate of likes and count among the training events of all users at an earlier time.
+
+    Rates are shrunk to the rate over all training events and moved by it; counts are log(1 + n), scaled to about 1.
+    Nothing of the event itself or of a later one enters: an item's rate over *all* training events but the row's own
+    would tell the label of training rows (where the rest has liked less, the row has liked more).
+    """
+    histories, is_train_E = rows.histories, rows.split_E == TRAIN
+    overall = float(log.label_E[is_train_E].mean())
+    likes_H1 = np.concatenate([[0.0], np.cumsum(histories.label_H, dtype=np.float64)])
+    start_E = histories.start_U1[rows.user_E]
+    user = histories.end_E - start_E, likes_H1[histories.end_E] - likes_H1[start_E]
+    item = earlier_events(log.item_E, log.time_E, np.stack([is_train_E, is_train_E * log.label_E]))
+    columns = []
+    for count_E, likes_E in (user, item):
+        rate_E = (likes_E + STRENGTH * overall) / (count_E + STRENGTH)
+        columns += [4.0 * (rate_E - overall), np.log1p(count_E) / 4.0 - 1.0]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def earlier_events(item_E: np.ndarray, time_E: np.ndarray, value_VE: np.ndarray) -> np.ndarray:
+    """Sums of values over the events of the same item at an earlier time, [V, E] float64."""
+    order_E = np.lexsort((time_E, item_E))
+    item_O, time_O = item_E[order_E], time_E[order_E]
+    before_VO = np.cumsum(value_VE[:, order_E], axis=1, dtype=np.float64) - value_VE[:, order_E]
+    is_new_item_O = np.append(True, item_O[1:] != item_O[:-1])[: len(item_O)]
+    is_new_time_O = is_new_item_O | np.append(True, time_O[1:] != time_O[:-1])[: len(time_O)]
+    # Events of one instant see what stood before the first of them; an item starts from before its own first event.
+    at_O = np.arange(len(item_O))
+    moment_O = np.maximum.accumulate(np.where(is_new_time_O, at_O, 0))
+    first_O = np.maximum.accumulate(np.where(is_new_item_O, at_O, 0))
+    out_VE = np.empty(value_VE.shape)
+    out_VE[:, order_E] = before_VO[:, moment_O] - before_VO[:, first_O]
+    return out_VE
