@@ -95,6 +95,9 @@ def default_config(preset: str = "mars") -> ConfigDict:
     votes.shrink = 30.0  # donors of average weight who say "as usual"
     votes.low_only = False  # ask for low-active users alone, not for all who are no donors
 
+    config.short = short = ConfigDict()  # of the method short_histories, and of those that build on it
+    short.share = 0.5  # training rows of other users that are shown with a history as short as a low-active user's
+
     config.ctr = ctr = ConfigDict()
     ctr.backbone = "din"  # din, dnn
     ctr.inputs = "ids"  # ids (and categories; the paper), or strong: also content, marks of liked items, prior rates

@@ -452,7 +452,7 @@ def train_stage(context: Context, donation: Donation, method: str) -> Trained:
     settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
     tables, inputs = loaded.tables, loaded.inputs
     lends = "base" if method == "base" else [
-        method, donation.fingerprint, to_json(config.votes), config.augmentation.time_safe,
+        method, donation.fingerprint, to_json(config.votes), to_json(config.short), config.augmentation.time_safe,
         config.augmentation.drop_target,
     ]  # fmt: skip
     key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, lends)
@@ -463,17 +463,18 @@ def train_stage(context: Context, donation: Donation, method: str) -> Trained:
     def build(folder: pathlib.Path) -> None:
         train_E, valid_E = np.flatnonzero(rows.split_E == TRAIN), np.flatnonzero(rows.split_E == VALID)
         treatment = treat(context, donation, method)
+        shown = treatment.rows or rows
         gather: dict[str, Any] = {
             "size": cfg.batch_size,
             "cap": cfg.cap,
             "buckets": tuple(cfg.buckets),
             "augmentation": treatment.augmentation,
-            "inputs": with_numbers(inputs, treatment.dense_EJ),
+            "inputs": treated_inputs(context, treatment),
         }
-        source, per_epoch = batches.ctr_source(events, rows, train_E, epochs=cfg.epochs, seed=seed, **gather)
+        source, per_epoch = batches.ctr_source(events, shown, train_E, epochs=cfg.epochs, seed=seed, **gather)
 
         def score(params: PyTree, statistics: PyTree, row_R: np.ndarray) -> np.ndarray:
-            evaluation = batches.evaluation_batches(events, rows, row_R, **gather)
+            evaluation = batches.evaluation_batches(events, shown, row_R, **gather)
             score_R = np.empty(len(row_R), np.float32)
             score_R[evaluation.order_R] = objective.score(model, params, statistics, tables, evaluation.batches())
             return score_R
@@ -512,7 +513,7 @@ def train_stage(context: Context, donation: Donation, method: str) -> Trained:
         lent_R = np.zeros(len(test_E), np.int64)
         if treatment.augmentation is not None:
             lent_R = batches.lent_items(
-                events, rows, test_E, size=cfg.batch_size, cap=cfg.cap, augmentation=treatment.augmentation
+                events, shown, test_E, size=cfg.batch_size, cap=cfg.cap, augmentation=treatment.augmentation
             )
         files.write_arrays(
             folder / "scores.npz",
@@ -638,6 +639,7 @@ def treat(context: Context, donation: Donation, method: str) -> Treatment:
             config.votes.sharpness, config.votes.shrink, config.retrieval.history, config.augmentation.time_safe
         ),
         low_only=config.votes.low_only,
+        cut_share=config.short.share,
         seed=seed,
     )
     treatment = METHODS[method].treat(offer)
@@ -648,10 +650,14 @@ def treat(context: Context, donation: Donation, method: str) -> Treatment:
     return treatment._replace(augmentation=blanked)
 
 
-def with_numbers(inputs: Inputs, dense_EJ: np.ndarray | None) -> Inputs:
-    """The inputs with further numbers beside those that are there."""
-    parts = [part for part in (inputs.dense_EJ, dense_EJ) if part is not None]
-    return inputs._replace(dense_EJ=np.concatenate(parts, axis=1) if parts else None)
+def treated_inputs(context: Context, treatment: Treatment) -> Inputs:
+    """The inputs with what a method lends beside them; where it shows other histories, with the priors of these."""
+    inputs, log = context.loaded.inputs, context.loaded.dataset.log
+    prior_EJ = inputs.dense_EJ
+    if treatment.rows is not None and prior_EJ is not None:
+        prior_EJ = prior_numbers(log, treatment.rows)
+    parts = [part for part in (prior_EJ, treatment.dense_EJ) if part is not None]
+    return inputs._replace(dense_EJ=np.concatenate(parts, axis=1) if parts else None, hidden_E=treatment.hidden_E)
 
 
 def counts(loaded: Loaded) -> dict[str, int]:

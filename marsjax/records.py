@@ -84,8 +84,9 @@ class Histories(NamedTuple):
     item_H: np.ndarray  # [H] int32, history items of all users, in time order
     time_H: np.ndarray  # [H] int64
     label_H: np.ndarray  # [H] float32, the feedback given to the history item
-    end_E: np.ndarray  # [E] int64; event e sees item_H[start of its user:end_E[e]]
+    end_E: np.ndarray  # [E] int64; event e sees item_H[start_E[e]:end_E[e]]
     train_end_U: np.ndarray  # [U] int64; training history of u is item_H[start_U1[u]:train_end_U[u]]
+    start_E: np.ndarray  # [E] int64, the start of its user unless histories are cut
 
 
 class Rows(NamedTuple):
@@ -154,6 +155,7 @@ class Inputs(NamedTuple):
 
     feedback: bool = False  # mark history items as liked or not
     dense_EJ: np.ndarray | None = None  # [E, J] float32, numbers about user, target and what others thought of it
+    hidden_E: np.ndarray | None = None  # [E] bool, events whose user id the model does not see
 
 
 class Predictions(NamedTuple):

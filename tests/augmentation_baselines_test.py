@@ -35,7 +35,7 @@ def make_histories(lengths, seed=0, items=300):
     item_H = np.concatenate([np.zeros(0, int), *(rng.permutation(items)[:n] + 1 for n in lengths)]).astype(np.int32)
     time_H = np.concatenate([np.zeros(0, int), *(np.sort(rng.permutation(5000)[:n]) for n in lengths)])
     nothing = np.zeros(0, np.int64)
-    return Histories(start_U1, item_H, time_H, np.ones(len(item_H), np.float32), nothing, start_U1[1:])
+    return Histories(start_U1, item_H, time_H, np.ones(len(item_H), np.float32), nothing, start_U1[1:], nothing)
 
 
 def similar():

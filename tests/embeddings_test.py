@@ -29,7 +29,9 @@ def histories(seed=0):
     start_U1 = np.concatenate([[0], np.cumsum(LENGTHS)])
     item_H = np.random.default_rng(seed).integers(1, N, start_U1[-1]).astype(np.int32)
     zero_H = np.zeros(len(item_H), np.int64)
-    return Histories(start_U1, item_H, zero_H, zero_H.astype(np.float32), np.zeros(0, np.int64), start_U1[1:])
+    return Histories(
+        start_U1, item_H, zero_H, zero_H.astype(np.float32), np.zeros(0, np.int64), start_U1[1:], np.zeros(0, np.int64)
+    )
 
 
 def alone(space, history):

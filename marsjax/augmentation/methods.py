@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from marsjax.augmentation import controls, votes
+from marsjax.data.histories import cut_histories
 from marsjax.records import HIGH, LOW, TRAIN, Augmentation, Borrowed, Donors, Log, Queries, Rows
 
 
@@ -22,6 +23,7 @@ class Offer(NamedTuple):
     item_ND: np.ndarray  # [N, D] float32, item vectors of the aligned space
     votes: votes.Settings
     low_only: bool  # ask voters for low-active users alone
+    cut_share: float  # of the rows that `short_histories` cuts
     seed: int
 
 
@@ -30,6 +32,8 @@ class Treatment(NamedTuple):
 
     augmentation: Augmentation | None = None  # items lent, in the history
     dense_EJ: np.ndarray | None = None  # [E, J] float32, numbers lent, beside the history
+    rows: Rows | None = None  # rows with other histories
+    hidden_E: np.ndarray | None = None  # [E] bool, events whose user id is not shown
 
 
 def base(offer: Offer) -> Treatment:
@@ -65,6 +69,18 @@ def mars_vote_time_safe(offer: Offer) -> Treatment:
 def mars_vote_and_items(offer: Offer) -> Treatment:
     """The vote beside the borrowed items."""
     return Treatment(mars(offer).augmentation, mars_vote(offer).dense_EJ)
+
+
+def short_histories(offer: Offer) -> Treatment:
+    """Users who are not low-active are also shown as if they were, and low-active users are known by their history."""
+    rows, cut_E = cut_histories(offer.rows, share=offer.cut_share, seed=offer.seed)
+    return Treatment(rows=rows, hidden_E=cut_E | (rows.group_U[rows.user_E] == LOW))
+
+
+def mars_short_vote(offer: Offer) -> Treatment:
+    """Short histories, and the vote of the donors who are similar by them."""
+    short = short_histories(offer)
+    return short._replace(dense_EJ=mars_vote(offer._replace(rows=short.rows or offer.rows)).dense_EJ)
 
 
 def everybody_votes(offer: Offer) -> Treatment:
@@ -106,6 +122,8 @@ METHODS: dict[str, Method] = {
     "mars_vote": Method(mars_vote, 2),
     "mars_vote_time_safe": Method(mars_vote_time_safe, 2),
     "mars_vote_and_items": Method(mars_vote_and_items, 2),
+    "short_histories": Method(short_histories),
+    "mars_short_vote": Method(mars_short_vote, 2),
     "everybody_votes": Method(everybody_votes, 2),
     "collaborative_vote": Method(collaborative_vote, 2),
 }

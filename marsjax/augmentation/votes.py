@@ -97,7 +97,7 @@ def vote(
     arrays = jax.device_put((voters.profile_PD, voters.opinion_NP, voters.known_NP))
     for begin in range(0, len(row_R), CHUNK):
         row_C = row_R[begin : begin + CHUNK]
-        start_C1, at_X = ragged_histories(histories, rows.user_E[row_C], histories.end_E[row_C], cap=settings.cap)
+        start_C1, at_X = ragged_histories(histories.start_E[row_C], histories.end_E[row_C], cap=settings.cap)
         item_X = histories.item_H[at_X]
         special_X = histories.label_H[at_X] - usual_N[item_X]
         history = scipy.sparse.csr_matrix((special_X, item_X, start_C1), shape=(len(row_C), len(usual_N)))

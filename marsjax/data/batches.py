@@ -60,7 +60,7 @@ def history_lengths(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Own and borrowed entries of each row, [B] each; own ones come first when `cap` bites."""
     histories = rows.histories
-    own_B = np.minimum(histories.end_E[row_B] - histories.start_U1[rows.user_E[row_B]], cap)
+    own_B = np.minimum(histories.end_E[row_B] - histories.start_E[row_B], cap)
     if augmentation is None:
         return own_B, np.zeros_like(own_B)
     start_Q1, query_B = augmentation.borrowed.start_Q1, augmentation.queries.query_E[row_B]
@@ -117,8 +117,11 @@ def ctr_batch(
             feedback_BL = np.where(is_borrowed_BL, borrowed.feedback_S[at_BL], feedback_BL)
         borrowed_BL = is_borrowed_BL
 
+    user_B = rows.user_E[row_B] + 1
+    if inputs.hidden_E is not None:
+        user_B = np.where(inputs.hidden_E[row_B], 0, user_B)
     return CtrBatch(
-        user_B=pad_to(size, rows.user_E[row_B] + 1, np.int32),
+        user_B=pad_to(size, user_B, np.int32),
         target_B=pad_to(size, log.item_E[row_B], np.int32),
         label_B=pad_to(size, log.label_E[row_B], np.float32),
         weight_B=pad_to(size, np.ones(len(row_B)), np.float32),

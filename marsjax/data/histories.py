@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from marsjax.records import Histories
+from marsjax.records import LOW, TRAIN, Histories, Rows
 
 
 def gather_histories(histories: Histories, user_Q: np.ndarray, end_Q: np.ndarray, *, cap: int) -> np.ndarray:
@@ -22,11 +22,32 @@ def gather_histories(histories: Histories, user_Q: np.ndarray, end_Q: np.ndarray
     return np.where(inside_QL, histories.item_H[at_QL], 0)
 
 
-def ragged_histories(
-    histories: Histories, user_Q: np.ndarray, end_Q: np.ndarray, *, cap: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The last `cap` history entries before `end_Q` of each user, not padded: where each begins [Q + 1], and where the
-    entries stand in `item_H` [X]."""
-    length_Q = np.minimum(end_Q - histories.start_U1[user_Q], cap)
+def ragged_histories(start_Q: np.ndarray, end_Q: np.ndarray, *, cap: int) -> tuple[np.ndarray, np.ndarray]:
+    """The last `cap` history entries from `start_Q` to before `end_Q`, not padded: where those of each begin [Q + 1],
+    and where the entries stand in `item_H` [X]."""
+    length_Q = np.minimum(end_Q - start_Q, cap)
     start_Q1 = np.concatenate([[0], np.cumsum(length_Q)])
     return start_Q1, np.repeat(end_Q - length_Q - start_Q1[:-1], length_Q) + np.arange(start_Q1[-1])
+
+
+def cut_histories(rows: Rows, *, share: float, seed: int) -> tuple[Rows, np.ndarray]:
+    """Shows a share of the training rows of users who are not low-active as if the user were, and which rows these are.
+
+    A row keeps a run of consecutive entries of its history, at a random place and of a length drawn from those that
+    low-active users have at their end of training. So the model learns from many users what a short history means, also
+    when it ends long before the target; few rows of the log itself show that. Returns the rows and cut_E, [E] bool.
+    """
+    histories, rng = rows.histories, np.random.default_rng(seed)
+    low_U = (rows.group_U == LOW) & (rows.train_length_U > 0)
+    kept_U = (histories.train_end_U - histories.start_U1[:-1])[low_U]
+    length_E = histories.end_E - histories.start_E
+    if not len(kept_U):
+        return rows, np.zeros(len(length_E), bool)
+    drawn_E = rng.choice(kept_U, len(length_E))
+    cut_E = (rows.split_E == TRAIN) & (rows.group_U[rows.user_E] != LOW) & (length_E > drawn_E)
+    cut_E &= rng.random(len(length_E)) < share
+    start_E = histories.start_E + rng.integers(0, np.where(cut_E, length_E - drawn_E, 0) + 1)
+    shorter = histories._replace(
+        start_E=np.where(cut_E, start_E, histories.start_E), end_E=np.where(cut_E, start_E + drawn_E, histories.end_E)
+    )
+    return rows._replace(histories=shorter), cut_E

@@ -20,7 +20,7 @@ def prior_numbers(log: Log, rows: Rows) -> np.ndarray:
     histories, is_train_E = rows.histories, rows.split_E == TRAIN
     overall = float(log.label_E[is_train_E].mean())
     likes_H1 = np.concatenate([[0.0], np.cumsum(histories.label_H, dtype=np.float64)])
-    start_E = histories.start_U1[rows.user_E]
+    start_E = histories.start_E
     user = histories.end_E - start_E, likes_H1[histories.end_E] - likes_H1[start_E]
     item = earlier_events(log.item_E, log.time_E, np.stack([is_train_E, is_train_E * log.label_E]))
     columns = []

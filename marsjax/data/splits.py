@@ -122,6 +122,7 @@ def _histories(
         label_H=log.label_E[in_E],
         end_E=np.where(sparse_U[user_E], np.minimum(end_E, train_end_U[user_E]), end_E),
         train_end_U=train_end_U,
+        start_E=before_E1[log.start_U1[:-1]][user_E],
     )
 
 
