@@ -118,14 +118,25 @@ def test_relative_improvement_is_of_what_is_above_a_coin():
 
 
 def test_summary_by_group():
-    user, label, score = sample(n=600)
+    user, label, score = sample(n=600, users=240)  # some of one class
     group = (user % 3).astype(np.int8)
     found = metrics.summarise(Predictions(user, user, label, score.astype(np.float32), group))
     for number, name in enumerate(("low", "middle", "high")):
         mine = group == number
         assert found[name]["auc"] == pytest.approx(pairs_auc(label[mine], score[mine].astype(np.float32)))
         assert found[name]["rows"] == mine.sum()
+        assert found[name]["users"] == len(np.unique(user[mine]))
+        for metric, options in {
+            "gauc": {},
+            "gauc_positives": {"weight": "positives"},
+            "gauc_uniform": {"weight": "uniform"},
+            "gauc_zero": {"single_class": "zero"},
+            "gauc_half": {"single_class": "half"},
+        }.items():
+            expected = metrics.gauc(user[mine], label[mine], score[mine].astype(np.float32), **options).value
+            assert found[name][metric] == expected
     assert found["all"]["rows"] == 600
     nobody = metrics.summarise(Predictions(user, user, label, score.astype(np.float32), group * 0))
     assert np.isnan(nobody["high"]["auc"])
-    assert nobody["high"]["rows"] == 0
+    assert all(np.isnan(nobody["high"][f"gauc{kind}"]) for kind in ("", "_positives", "_uniform", "_zero", "_half"))
+    assert nobody["high"]["rows"] == nobody["high"]["users"] == nobody["high"]["gauc_users"] == 0
