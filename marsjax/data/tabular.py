@@ -71,8 +71,8 @@ def load_tabular(
         name=pathlib.Path(events_path).stem,
         user_R=read_ids(user, "user", events_path),
         item_R=item_ids,
-        label_R=_numbers(label, "label", events_path),
-        time_R=_times(time, events_path),
+        label_R=_numbers(_mend(label, events_path), "label", events_path),
+        time_R=_times(_mend(time, events_path), events_path),
         where=lambda row_R: [f"{pathlib.Path(events_path).name} row {row + 1}" for row in row_R],
         items=items,
         features={
@@ -193,7 +193,6 @@ def _times(column: Column, path: pathlib.Path) -> np.ndarray:
     import pyarrow
     import pyarrow.compute
 
-    column = _mend(column, "time", path)
     kind = column.type
     if pyarrow.types.is_timestamp(kind) or pyarrow.types.is_date(kind):
         micro = pyarrow.compute.CastOptions(target_type=pyarrow.timestamp("us"), allow_time_truncate=True)
@@ -207,7 +206,6 @@ def _numbers(column: Column, ours: str, path: pathlib.Path) -> np.ndarray:
     """Numbers, with NaN where they are missing."""
     import pyarrow
 
-    column = _mend(column, ours, path)
     values = (column.cast(pyarrow.int8()) if pyarrow.types.is_boolean(column.type) else column).to_numpy()
     if values.dtype.kind in "iuf":
         return values
@@ -219,7 +217,7 @@ def _numbers(column: Column, ours: str, path: pathlib.Path) -> np.ndarray:
     )
 
 
-def _mend(column: Column, ours: str, path: pathlib.Path) -> Column:
+def _mend(column: Column, path: pathlib.Path) -> Column:
     """Text as what most of its cells are; the others become gaps, which are dropped and counted.
 
     One bad cell makes text of a whole CSV column. Raises ValueError for a column without rows.
