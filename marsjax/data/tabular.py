@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from marsjax.data.cleaning import Ids, RawItems, build_dataset
+from marsjax.data.cleaning import Ids, RawItems, build_dataset, float_ids
 from marsjax.records import Dataset
 
 Table = Any  # pyarrow.Table; the package may be missing, so its types have no name here
@@ -162,7 +162,7 @@ def read_ids(column: Column, ours: str, path: pathlib.Path) -> Ids:
     """Ids, titles or categories as text; missing ones are "".
 
     The names are made text by Arrow, for NumPy would take whole numbers with gaps through floats, which merge those
-    from 2^53 on. Floats that all are whole (a pandas column with gaps) lose their ".0".
+    from 2^53 on. Floats are made text by `float_ids`.
 
     Raises:
         ValueError: the column holds lists or the like.
@@ -173,11 +173,7 @@ def read_ids(column: Column, ours: str, path: pathlib.Path) -> Ids:
         encoded = column.dictionary_encode().combine_chunks()
         names = encoded.dictionary
         if pyarrow.types.is_floating(names.type):
-            value_X = names.to_numpy(zero_copy_only=False)
-            missing_X = ~np.isfinite(value_X)
-            value_X = np.where(missing_X, 0, value_X)
-            whole = (value_X % 1 == 0).all() and (np.abs(value_X).astype(np.float64) < 2**63).all()
-            name_X = np.where(missing_X, "", (value_X.astype(np.int64) if whole else value_X).astype(str))
+            name_X = float_ids(names.to_numpy(zero_copy_only=False))
         else:
             name_X = np.array(names.cast(pyarrow.string()).fill_null("").to_pylist(), str)
         code_R = encoded.indices.cast(pyarrow.int64()).fill_null(len(name_X)).to_numpy(zero_copy_only=False)
