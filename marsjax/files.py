@@ -107,9 +107,7 @@ def is_full(error: OSError) -> bool:
 
 
 def explain(error: OSError, path: pathlib.Path) -> OSError:
-    """The same error with a message that says what to do; only a full disk is rephrased."""
-    if not is_full(error):
-        return error
+    """The error of a full disk (`is_full`) with a message that says what to do."""
     return OSError(
         error.errno, f"no space left while writing {path}; nothing was left half-written. Free some space and run again"
     )

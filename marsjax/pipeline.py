@@ -534,11 +534,11 @@ def train_stage(context: Context, donation: Donation, method: str) -> Trained:
 def write_report(context: Context, results: dict[str, list[Predictions]], *, command: str, seconds: float) -> None:
     """Tables of all methods, printed and written as JSON and Markdown."""
     config, loaded, stages, _ = context
-    tests = {"n_resamples": config.evaluation.bootstrap, "seed": 0}
+    evaluated = report.evaluate(results, n_resamples=config.evaluation.bootstrap, seed=0)
     rows = report.quality_rows(
-        results, dataset=loaded.dataset.name, inputs=config.ctr.inputs, split=config.split.kind, **tests
+        evaluated, dataset=loaded.dataset.name, inputs=config.ctr.inputs, split=config.split.kind
     )
-    compared = report.comparisons(results, **tests)
+    compared = report.comparisons(evaluated)
     report.write_results(
         stages.workdir / "results.json",
         command=command,

@@ -43,10 +43,12 @@ class Stages:
             ValueError: another process is building the stage.
         """
         folder = self.workdir / "stages" / f"{name}-{fingerprint[:12]}"
+        seal = _seal(folder)
         if not self._is_done(folder, name):
             folder.mkdir(parents=True, exist_ok=True)
             with _alone(folder):
-                if not self._is_done(folder, name):
+                # Another process may have built it since, and then the seal is another.
+                if _seal(folder) == seal or not self._is_done(folder, name):
                     self._build(folder, name, fingerprint, build)
         done = files.read_json(folder / SEAL)
         self.commits.add(done["commit"])
@@ -97,6 +99,14 @@ def _results(folder: pathlib.Path) -> list[pathlib.Path]:
     """All files but the seal and the checkpoints, which are of no use once the stage is sealed."""
     inside = (path for path in folder.rglob("*") if path.is_file())
     return sorted(path for path in inside if path.relative_to(folder).parts[0] not in (SEAL, "checkpoints"))
+
+
+def _seal(folder: pathlib.Path) -> bytes | None:
+    """The seal as it is; None where there is none."""
+    try:
+        return (folder / SEAL).read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _damaged(folder: pathlib.Path) -> str | None:

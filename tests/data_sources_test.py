@@ -337,13 +337,30 @@ def test_bad_feature_files_are_refused(tmp_path, name, message):
         read_features(tmp_path / name, item_ids=np.arange(50).astype(str))
 
 
-def test_missing_vectors_are_nan_and_float_ids_are_whole(tmp_path):
+def test_missing_vectors_are_nan(tmp_path):
     write(tmp_path / "f.parquet", id=[7.0, None, 9.0], embedding=[[1.0, 2.0], None, [None, 4.0]])
     found = read_features(tmp_path / "f.parquet")
     assert list(found.raw_id) == ["7", "", "9"]
     np.testing.assert_array_equal(found.feature, [[1, 2], [np.nan, np.nan], [np.nan, 4]])
-    np.savez(tmp_path / "f.npz", id=np.array([7.0, 9.0]), embedding=np.ones((2, 2)))
-    assert list(read_features(tmp_path / "f.npz").raw_id) == ["7", "9"]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([7, 9], ["7", "9"]),
+        ([7, np.nan, 9], ["7", "", "9"]),
+        ([7, 0.5], ["7.0", "0.5"]),
+        ([2.0**63, 1], ["9.223372", "1.0"]),  # would overflow as a whole number
+    ],
+)
+def test_float_ids_are_the_same_from_every_file(tmp_path, ids, expected, kind):
+    ids = np.array(ids, kind)
+    np.savez(tmp_path / "f.npz", id=ids, embedding=np.ones((len(ids), 1)))
+    write(tmp_path / "f.parquet", id=ids, embedding=[[1.0]] * len(ids))
+    found, also = (read_features(tmp_path / name).raw_id for name in ("f.npz", "f.parquet"))
+    assert list(found) == list(also)
+    assert [name[:8] for name in found] == expected
 
 
 def test_image_folder_with_a_truncated_file(tmp_path):

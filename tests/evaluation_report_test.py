@@ -22,7 +22,12 @@ def predictions(strength, seed, users=90, rows=4):
 @pytest.fixture(scope="module")
 def rows():
     results = {"base": [predictions(0.2, s) for s in (1, 2)], "mars": [predictions(1.5, s) for s in (1, 2)]}
-    return report.quality_rows(results, dataset="synthetic", inputs="ids", split="last_fraction", n_resamples=100)
+    evaluation = report.evaluate(results, n_resamples=100)
+    return report.quality_rows(evaluation, dataset="synthetic", inputs="ids", split="last_fraction")
+
+
+def rows_of(results):
+    return report.quality_rows(report.evaluate(results, n_resamples=20), dataset="d", inputs="ids", split="s")
 
 
 def row_of(rows, **keys):
@@ -50,7 +55,7 @@ def test_rows_have_the_keys_and_values(rows):
 def test_different_rows_are_refused():
     results = {"base": [predictions(0.2, 1)], "mars": [predictions(0.2, 1, users=30)]}
     with pytest.raises(ValueError, match="mars: expected predictions on the same rows"):
-        report.quality_rows(results, dataset="d", inputs="ids", split="s")
+        report.evaluate(results)
 
 
 def test_tables_and_files(rows, tmp_path):
@@ -69,14 +74,15 @@ def test_tables_and_files(rows, tmp_path):
 
 def test_five_seeds_are_enough_for_a_claim():
     results = {name: [predictions(s, seed) for seed in range(5)] for name, s in (("base", 0.2), ("mars", 1.5))}
-    rows = report.quality_rows(results, dataset="d", inputs="ids", split="s", n_resamples=20)
+    rows = rows_of(results)
     assert "no claim" not in report.as_table(rows)
 
 
 def test_mars_is_compared_with_every_other_method_that_lends():
     strengths = {"base": 0.2, "best_possible": 3.0, "random_donor": 0.3, "popular_items": 1.4, "mars": 1.5}
     results = {name: [predictions(strength, s) for s in (1, 2)] for name, strength in strengths.items()}
-    compared = report.comparisons(results, n_resamples=200)
+    evaluation = report.evaluate(results, n_resamples=200)
+    compared = report.comparisons(evaluation)
     assert {row["against"] for row in compared} == {"random_donor", "popular_items"}
     for metric in ("auc", "gauc"):
         for group in ("all", "low"):
@@ -86,17 +92,61 @@ def test_mars_is_compared_with_every_other_method_that_lends():
     (row,) = [r for r in compared if (r["against"], r["metric"], r["group"]) == ("random_donor", "auc", "all")]
     aucs = {n: np.mean([auc(p.label_B, p.score_B) for p in results[n]]) for n in ("mars", "random_donor")}
     assert row["difference"] == pytest.approx(aucs["mars"] - aucs["random_donor"])
-    rows = report.quality_rows(results, dataset="d", inputs="ids", split="s", n_resamples=20)
+    rows = report.quality_rows(evaluation, dataset="d", inputs="ids", split="s")
     assert "| mars minus |" in report.as_markdown(rows, compared)
-    assert report.comparisons({"base": results["base"]}) == []
+    assert report.comparisons(report.evaluate({"base": results["base"]})) == []
+
+
+@pytest.mark.parametrize("metric", ["auc", "gauc"])
+@pytest.mark.parametrize("group", [None, 0, 1])
+def test_shared_resamples_are_those_of_each_pair(metric, group):
+    """What is drawn once for all methods gives what a bootstrap of the two methods alone gives."""
+    strengths = {"base": 0.2, "random_donor": 0.3, "mars": 1.5}
+    results = {name: [predictions(strength, s) for s in (1, 2)] for name, strength in strengths.items()}
+    evaluation = report.evaluate(results, n_resamples=50, seed=3)
+    rows = report.quality_rows(evaluation, dataset="d", inputs="ids", split="s")
+    compared = report.comparisons(evaluation)
+    name = "all" if group is None else ("low", "middle")[group]
+    first = results["base"][0]
+    keep = np.ones(len(first.user_B), bool) if group is None else first.group_B == group
+
+    def expected(method, other):
+        scores = (np.stack([p.score_B[keep] for p in results[m]]) for m in (method, other))
+        user, label = first.user_B[keep], first.label_B[keep]
+        return significance.paired_bootstrap(user, label, *scores, metric=metric, n_resamples=50, seed=3)
+
+    for method in ("random_donor", "mars"):
+        row = row_of(rows, method=method, group=name, metric=metric)
+        found = [row[key] for key in ("difference", "low", "high", "p_vs_base")]
+        np.testing.assert_allclose(found, expected(method, "base"), rtol=0, atol=1e-12)
+    if group != 1:
+        (row,) = [row for row in compared if (row["group"], row["metric"]) == (name, metric)]
+        found = [row[key] for key in ("difference", "low", "high", "p")]
+        np.testing.assert_allclose(found, expected("mars", "random_donor"), rtol=0, atol=1e-12)
+
+
+def test_new_users_have_rows_where_there_are_some():
+    """Empty groups of low, middle and high stay, undefined; new users, who are rare, are told of only if there are."""
+
+    def with_groups(group):
+        return {
+            name: [predictions(s, 1)._replace(group_B=np.full(360, group, np.int8))]
+            for name, s in (("base", 0.2), ("mars", 1.5))
+        }
+
+    rows = rows_of(with_groups(1))
+    assert {row["group"] for row in rows} == {"all", "low", "middle", "high"}
+    low = row_of(rows, method="mars", group="low", metric="auc")
+    assert low["mean"] is None
+    assert "difference" not in low
+    rows = rows_of(with_groups(3))
+    assert row_of(rows, method="mars", group="new", metric="auc")["difference"] > 0
 
 
 def test_lent_items_are_counted_by_group():
     lent = predictions(1.5, 1)
     lent = lent._replace(lent_B=np.where(lent.group_B == 0, 7, 0))
-    rows = report.quality_rows(
-        {"base": [predictions(0.2, 1)], "mars": [lent]}, dataset="d", inputs="ids", split="s", n_resamples=20
-    )
+    rows = rows_of({"base": [predictions(0.2, 1)], "mars": [lent]})
     assert row_of(rows, method="mars", group="low", metric="lent")["mean"] == 7
     assert row_of(rows, method="mars", group="all", metric="lent")["mean"] == pytest.approx(7 / 3)
     assert row_of(rows, method="base", group="low", metric="lent")["mean"] == 0
@@ -104,6 +154,6 @@ def test_lent_items_are_counted_by_group():
 
 def test_undefined_values_are_null():
     one_each = {m: [predictions(0.2, 1, rows=1)] for m in ("base", "mars")}
-    rows = report.quality_rows(one_each, dataset="d", inputs="ids", split="leave_one_out", n_resamples=20)
+    rows = rows_of(one_each)
     assert row_of(rows, method="mars", group="all", metric="gauc")["mean"] is None
     assert "gauc" not in report.as_table(rows)

@@ -19,15 +19,62 @@ def data(users=60, rows=6, strength=1.0, seed=0):
 def test_weights_equal_repeated_users(metric):
     """The metric under user counts is the metric of rows literally repeated, each copy a user of its own."""
     user, label, score, rng = data()
-    score = np.round(score, 1)  # ties
+    score_SB = np.round(np.stack([score, rng.normal(size=len(score))]), 1)  # ties
     count_RU = rng.integers(0, 4, (3, 60)).astype(np.float32)
-    function = {"auc": significance._weighted_aucs, "gauc": significance._weighted_gaucs}[metric]
-    found = function(user, label, score, count_RU)
+    found = significance.bootstrap(user, label, score_SB, count_RU, metric=metric)
     for r in range(3):
         index = np.concatenate([np.flatnonzero(user == u) for u in range(60) for _ in range(int(count_RU[r, u]))])
         copy = np.repeat(np.arange(len(index) // 6), 6)
-        expected = auc(label[index], score[index]) if metric == "auc" else gauc(copy, label[index], score[index]).value
-        assert found[r] == pytest.approx(expected, abs=1e-9)
+        expected = [
+            auc(label[index], score[index]) if metric == "auc" else gauc(copy, label[index], score[index]).value
+            for score in score_SB
+        ]
+        assert found[r] == pytest.approx(np.mean(expected), abs=1e-12)
+
+
+def counted(user, label, score, count):
+    """The definition under user counts: every pair of rows of both classes counts as often as its users, multiplied."""
+    right = (score[:, None] > score) + 0.5 * (score[:, None] == score)
+    weight = (label[:, None] > label) * count[user][:, None] * count[user]
+    return (weight * right).sum() / weight.sum() if weight.any() else np.nan
+
+
+@pytest.mark.parametrize("ties", [2, 20, 10**6])
+def test_every_resample_equals_counting_pairs(ties):
+    """Many resamples, that is several blocks of them; users have few rows and some no row of one class."""
+    rng = np.random.default_rng(ties)
+    user = np.unique(rng.integers(0, 40, 70), return_inverse=True)[1]
+    label, score = rng.integers(0, 2, 70).astype(np.float32), rng.integers(0, ties, 70)
+    count_RU = significance.draw_users(user.max() + 1, n_resamples=4000, seed=0)
+    found = significance.bootstrap(user, label, score[None], count_RU, metric="auc")
+    for r in [0, 1, 2, *rng.integers(0, 4001, 50), 4000]:
+        assert found[r] == pytest.approx(counted(user, label, score, count_RU[r].astype(np.float64)), abs=1e-12)
+    assert found[0] == pytest.approx(auc(label, score), abs=1e-12)
+
+
+def test_drawn_users_are_a_sample_of_the_same_size():
+    count_RU = significance.draw_users(50, n_resamples=400, seed=1)
+    assert count_RU.shape == (401, 50)
+    np.testing.assert_array_equal(count_RU[0], 1)
+    np.testing.assert_array_equal(count_RU.sum(axis=1), 50)
+    assert count_RU[1:].var() == pytest.approx(1 - 1 / 50, rel=0.05)  # multinomial: n p (1 - p) with p = 1 / n
+    np.testing.assert_array_equal(count_RU, significance.draw_users(50, n_resamples=400, seed=1))
+    assert not np.array_equal(count_RU, significance.draw_users(50, n_resamples=400, seed=2))
+
+
+@pytest.mark.parametrize("metric", ["auc", "gauc"])
+def test_resamples_without_both_classes_are_undefined(metric):
+    """Users 0 and 1 have one class each, user 2 both: what is drawn decides."""
+    user, label = np.array([0, 1, 2, 2]), np.array([1, 0, 1, 0])
+    count_RU = np.array([[1, 1, 1], [3, 0, 0], [0, 3, 0], [0, 0, 3], [2, 1, 0]], np.float32)
+    found = significance.bootstrap(user, label, np.array([[0.1, 0.5, 0.9, 0.2]]), count_RU, metric=metric)
+    expected = {"auc": [2 / 4, np.nan, np.nan, 1, 0], "gauc": [1, np.nan, np.nan, 1, np.nan]}[metric]
+    np.testing.assert_allclose(found, expected)
+
+
+def test_unknown_metric_is_refused():
+    with pytest.raises(ValueError, match="found 'logloss'"):
+        significance.paired_bootstrap([0, 0], [0, 1], [0.1, 0.2], [0.2, 0.1], metric="logloss", n_resamples=1)
 
 
 @pytest.mark.parametrize("metric", ["auc", "gauc"])

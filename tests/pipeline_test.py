@@ -18,6 +18,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from marsjax import files, pipeline, retrieval
+from marsjax import stages as stages_module
 from marsjax.augmentation.methods import METHODS
 from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import _leaves, override
@@ -252,6 +253,35 @@ def test_finished_stages_are_read_without_a_lock(tmp_path, monkeypatch):
     lock.unlink()
     assert Stages(tmp_path)("a", "0" * 64, build) == folder
     assert not lock.exists()
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_damaged_stage_is_summed_once_and_built_once(tmp_path, monkeypatch, caplog, other):
+    """Unless another process built it while this one looked: then what that one made is looked at, and used."""
+
+    def build(folder):
+        (folder / "x").write_text("1")
+        built.append(folder)
+
+    built, summed = [], []
+    folder = Stages(tmp_path)("a", "0" * 64, build)
+    (folder / "x").write_text("2")
+    sum_of, alone = files.sha256_file, stages_module._alone
+    monkeypatch.setattr(files, "sha256_file", lambda path: summed.append(path) or sum_of(path))
+
+    def beaten(folder):
+        monkeypatch.setattr(stages_module, "_alone", alone)
+        Stages(tmp_path)("a", "0" * 64, build)
+        return alone(folder)
+
+    if other:
+        monkeypatch.setattr(stages_module, "_alone", beaten)
+    Stages(tmp_path)("a", "0" * 64, build)
+    assert len(built) == 2
+    assert (folder / "x").read_text() == "1"
+    # Each process: once to see the damage. Once to seal what was built, and once to see that another sealed it.
+    assert len(summed) == (4 if other else 2)
+    assert caplog.text.count("x does not match its sum") == (2 if other else 1)
 
 
 def test_disk_without_locks_warns_and_goes_on(tmp_path, monkeypatch, caplog):

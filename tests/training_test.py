@@ -44,6 +44,21 @@ def linear_batch(i, rows=8):
     return {"x": x_BF, "y": (x_BF @ [1.0, -2.0, 0.5]).astype(np.float32), "weight": np.ones(rows, np.float32)}
 
 
+class Stop(Exception):
+    """An interruption."""
+
+
+def stopping(at):
+    """Batches as ever until number `at`, which raises Stop."""
+
+    def make(i):
+        if i == at:
+            raise Stop
+        return linear_batch(i)
+
+    return make
+
+
 def linear_step(optimizer, poison=None):
     def make(axis):
         def loss(params, statistics, batch, tables, key):
@@ -128,21 +143,13 @@ def test_non_finite_loss_stops_with_the_step_named(tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 7, 13])
 def test_interrupted_training_ends_with_the_same_parameters(tmp_path, stop):
-    class Stop(Exception):
-        pass
-
-    def failing(i):
-        if i == stop:
-            raise Stop
-        return linear_batch(i)
-
     def evaluate(params, statistics):
         return {"auc": float(-np.abs(params["w"] - [1, -2, 0.5]).sum())}
 
     options = {"evaluate": evaluate, "metric": "auc", "plateau_factor": 0.5, "patience": 3}
     whole = fit(tmp_path / "whole", **options)
     with pytest.raises(Stop):
-        fit(tmp_path / "cut", make=failing, checkpoint_seconds=0.0, **options)
+        fit(tmp_path / "cut", make=stopping(stop), checkpoint_seconds=0.0, **options)
     resumed = fit(tmp_path / "cut", **options)
     np.testing.assert_array_equal(resumed.params["w"], whole.params["w"])
     assert resumed.evaluations == whole.evaluations
@@ -163,20 +170,12 @@ def test_a_peak_before_the_interruption_is_returned(tmp_path, stop):
 
         return fit(folder, evaluate=evaluate, metric="auc", patience=9, plateau_factor=0.5, **options)
 
-    class Stop(Exception):
-        pass
-
-    def failing(i):
-        if i == stop:
-            raise Stop
-        return linear_batch(i)
-
     whole = run(tmp_path / "whole", iter([0.9, 0.6, 0.7, 0.8]))
     np.testing.assert_array_equal(whole.params["w"], seen[0.9])
     assert not np.array_equal(seen[0.8], seen[0.9])
     scores = iter([0.9, 0.6, 0.7, 0.8])
     with pytest.raises(Stop):
-        run(tmp_path / "cut", scores, make=failing, checkpoint_seconds=0.0)
+        run(tmp_path / "cut", scores, make=stopping(stop), checkpoint_seconds=0.0)
     for fitted in (run(tmp_path / "cut", scores), run(tmp_path / "cut", scores)):  # continued, then read once more
         np.testing.assert_array_equal(fitted.params["w"], whole.params["w"])
         assert (fitted.best_metric, fitted.evaluations) == (0.9, whole.evaluations)

@@ -25,6 +25,18 @@ class Ids(NamedTuple):
         return self.name_X[self.code_R]
 
 
+def float_ids(value_X: np.ndarray) -> np.ndarray:
+    """Ids that a program kept as floats, as it does where some are missing, as text [X].
+
+    Missing ones (NaN, infinite) are "". If all others are whole they lose their ".0", so that they are those of a file
+    that has integers.
+    """
+    missing_X = ~np.isfinite(value_X)
+    value_X = np.where(missing_X, 0, value_X)
+    whole = (value_X % 1 == 0).all() and (np.abs(value_X).astype(np.float64) < 2**63).all()
+    return np.where(missing_X, "", (value_X.astype(np.int64) if whole else value_X).astype(str))
+
+
 class RawItems(NamedTuple):
     """A catalogue as read: one row an item, not yet numbered."""
 

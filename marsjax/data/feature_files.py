@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from marsjax.data.cleaning import SHOWN, RawFeatures
+from marsjax.data.cleaning import SHOWN, RawFeatures, float_ids
 from marsjax.records import Problem
 
 ID_KEYS = ("item_id", "movie_id", "id")
@@ -39,7 +39,8 @@ def read_features(path: pathlib.Path, *, item_ids: np.ndarray | None = None) -> 
             raise ValueError(
                 f"{path}: expected arrays embedding and one of {', '.join(ID_KEYS)}, found {sorted(arrays)}"
             )
-        return RawFeatures(_as_text(arrays[ids]), _numeric(arrays["embedding"], path), path.name)
+        id_I = float_ids(arrays[ids]) if arrays[ids].dtype.kind == "f" else arrays[ids].astype(str)
+        return RawFeatures(id_I, _numeric(arrays["embedding"], path), path.name)
     if path.suffix == ".npy":
         if item_ids is None:
             raise ValueError(f"{path}: a .npy file has no ids, expected an items table that gives their order")
@@ -62,12 +63,6 @@ def read_features(path: pathlib.Path, *, item_ids: np.ndarray | None = None) -> 
             read_ids(table[ids], ids, path).strings(), _numeric(_vectors(table["embedding"], path), path), path.name
         )
     raise ValueError(f"{path}: expected .npz, .npy or .parquet, found {path.suffix or 'no ending'}")
-
-
-def _as_text(ids: np.ndarray) -> np.ndarray:
-    """Ids as text; whole floats lose their ".0", as ids of events do."""
-    whole = ids.dtype.kind == "f" and (ids % 1 == 0).all()
-    return ids.astype(np.int64).astype(str) if whole else ids.astype(str)
 
 
 def _vectors(column: Any, path: pathlib.Path) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from marsjax.data.cleaning import Ids, RawItems, build_dataset
+from marsjax.data.cleaning import Ids, RawItems, build_dataset, float_ids
 from marsjax.records import Dataset
 
 Table = Any  # pyarrow.Table; the package may be missing, so its types have no name here
@@ -71,8 +71,8 @@ def load_tabular(
         name=pathlib.Path(events_path).stem,
         user_R=read_ids(user, "user", events_path),
         item_R=item_ids,
-        label_R=_numbers(label, "label", events_path),
-        time_R=_times(time, events_path),
+        label_R=_numbers(_mend(label, events_path), "label", events_path),
+        time_R=_times(_mend(time, events_path), events_path),
         where=lambda row_R: [f"{pathlib.Path(events_path).name} row {row + 1}" for row in row_R],
         items=items,
         features={
@@ -162,7 +162,7 @@ def read_ids(column: Column, ours: str, path: pathlib.Path) -> Ids:
     """Ids, titles or categories as text; missing ones are "".
 
     The names are made text by Arrow, for NumPy would take whole numbers with gaps through floats, which merge those
-    from 2^53 on. Floats that all are whole (a pandas column with gaps) lose their ".0".
+    from 2^53 on. Floats are made text by `float_ids`.
 
     Raises:
         ValueError: the column holds lists or the like.
@@ -173,11 +173,7 @@ def read_ids(column: Column, ours: str, path: pathlib.Path) -> Ids:
         encoded = column.dictionary_encode().combine_chunks()
         names = encoded.dictionary
         if pyarrow.types.is_floating(names.type):
-            value_X = names.to_numpy(zero_copy_only=False)
-            missing_X = ~np.isfinite(value_X)
-            value_X = np.where(missing_X, 0, value_X)
-            whole = (value_X % 1 == 0).all() and (np.abs(value_X).astype(np.float64) < 2**63).all()
-            name_X = np.where(missing_X, "", (value_X.astype(np.int64) if whole else value_X).astype(str))
+            name_X = float_ids(names.to_numpy(zero_copy_only=False))
         else:
             name_X = np.array(names.cast(pyarrow.string()).fill_null("").to_pylist(), str)
         code_R = encoded.indices.cast(pyarrow.int64()).fill_null(len(name_X)).to_numpy(zero_copy_only=False)
@@ -193,7 +189,6 @@ def _times(column: Column, path: pathlib.Path) -> np.ndarray:
     import pyarrow
     import pyarrow.compute
 
-    column = _mend(column, "time", path)
     kind = column.type
     if pyarrow.types.is_timestamp(kind) or pyarrow.types.is_date(kind):
         micro = pyarrow.compute.CastOptions(target_type=pyarrow.timestamp("us"), allow_time_truncate=True)
@@ -207,7 +202,6 @@ def _numbers(column: Column, ours: str, path: pathlib.Path) -> np.ndarray:
     """Numbers, with NaN where they are missing."""
     import pyarrow
 
-    column = _mend(column, ours, path)
     values = (column.cast(pyarrow.int8()) if pyarrow.types.is_boolean(column.type) else column).to_numpy()
     if values.dtype.kind in "iuf":
         return values
@@ -219,7 +213,7 @@ def _numbers(column: Column, ours: str, path: pathlib.Path) -> np.ndarray:
     )
 
 
-def _mend(column: Column, ours: str, path: pathlib.Path) -> Column:
+def _mend(column: Column, path: pathlib.Path) -> Column:
     """Text as what most of its cells are; the others become gaps, which are dropped and counted.
 
     One bad cell makes text of a whole CSV column. Raises ValueError for a column without rows.

@@ -40,8 +40,9 @@ def user_auc(user_B: np.ndarray, label_B: np.ndarray, score_B: np.ndarray) -> Us
     label_B, score_B = _checked(label_B, score_B)
     order_B = np.lexsort((score_B, user_B))
     user_B, score_B, positive_B = np.asarray(user_B)[order_B], score_B[order_B], label_B[order_B] > 0
-    new_user_B = np.concatenate([[True], user_B[1:] != user_B[:-1]])
-    new_tie_B = new_user_B | np.concatenate([[True], score_B[1:] != score_B[:-1]])
+    new_user_B, new_tie_B = np.ones((2, len(user_B)), bool)
+    new_user_B[1:] = user_B[1:] != user_B[:-1]
+    new_tie_B[1:] = new_user_B[1:] | (score_B[1:] != score_B[:-1])
     first_U = np.flatnonzero(new_user_B)
     rows_U = np.diff(np.append(first_U, len(user_B)))
     # Mid-rank of a tie of rows [first, last] within a user that begins at b: (first + last) / 2 - b + 1.
@@ -69,9 +70,11 @@ def gauc(
 
     The value is nan where no user counts.
     """
-    if not len(np.asarray(user_B)):
-        return Gauc(np.nan, 0, 0)
-    users = user_auc(user_B, label_B, score_B)
+    return mean_auc(user_auc(user_B, label_B, score_B), weight=weight, single_class=single_class)
+
+
+def mean_auc(users: UserAuc, *, weight: str = "rows", single_class: str = "drop") -> Gauc:
+    """`gauc` of users whose AUCs are known."""
     weights = {"rows": users.rows_U, "positives": users.positives_U, "uniform": np.ones_like(users.rows_U)}
     fills = {"drop": np.nan, "zero": 0.0, "half": 0.5}
     if weight not in weights or single_class not in fills:
@@ -127,20 +130,21 @@ def summarise(predictions: Predictions) -> dict[str, dict[str, float]]:
         user_B, label_B, score_B = (
             value[keep_B] for value in (predictions.user_B, predictions.label_B, predictions.score_B)
         )
-        grouped = gauc(user_B, label_B, score_B)
+        by_user = user_auc(user_B, label_B, score_B)
+        grouped = mean_auc(by_user)
         out[name] = {
             "auc": auc(label_B, score_B),
             "gauc": grouped.value,
-            "gauc_positives": gauc(user_B, label_B, score_B, weight="positives").value,
-            "gauc_uniform": gauc(user_B, label_B, score_B, weight="uniform").value,
-            "gauc_zero": gauc(user_B, label_B, score_B, single_class="zero").value if grouped.users_counted else np.nan,
-            "gauc_half": gauc(user_B, label_B, score_B, single_class="half").value if grouped.users_counted else np.nan,
+            "gauc_positives": mean_auc(by_user, weight="positives").value,
+            "gauc_uniform": mean_auc(by_user, weight="uniform").value,
+            "gauc_zero": mean_auc(by_user, single_class="zero").value if grouped.users_counted else np.nan,
+            "gauc_half": mean_auc(by_user, single_class="half").value if grouped.users_counted else np.nan,
             "gauc_users": float(grouped.users_counted),
             "logloss": logloss(label_B, score_B),
             "ece": calibration_error(label_B, score_B),
             "predicted_over_observed": float(score_B.mean() / label_B.mean()) if label_B.sum() else np.nan,
             "rows": float(len(label_B)),
-            "users": float(len(np.unique(user_B))),
+            "users": float(len(by_user.user_U)),
             "positive_rate": float(label_B.mean()) if len(label_B) else np.nan,
             "lent": _mean(predictions.lent_B, keep_B),
         }

@@ -5,35 +5,30 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from marsjax import files
 from marsjax.evaluation.metrics import relative_improvement, summarise
-from marsjax.evaluation.significance import holm, paired_bootstrap, t_test_paired
-from marsjax.records import GROUP_NAMES, Predictions
+from marsjax.evaluation.significance import bootstrap, draw_users, holm, interval, t_test_paired
+from marsjax.records import GROUP_NAMES, LOW, NEW, Predictions
 
-GROUPS = ("all", *GROUP_NAMES)
 COMPARED = ("auc", "gauc")  # metrics whose difference is tested
 ENOUGH_SEEDS = 5  # with fewer, no difference is claimed
 
+Key = tuple[str, str, str]  # method, group, metric
 
-def quality_rows(
-    results: Mapping[str, Sequence[Predictions]],
-    *,
-    dataset: str,
-    inputs: str,
-    split: str,
-    base: str = "base",
-    n_resamples: int = 1000,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """One row for each method, group and metric.
 
-    Keys: method, dataset, inputs, split, group, metric, mean, std (over seeds, ddof 1, 0 for one seed), seeds,
-    p_vs_base (paired bootstrap over users), difference, low, high (to the base, 95%), p_t_test (over seeds) and, for
-    auc, rela_impr (Eq. 20). Undefined values are None.
+class Evaluation(NamedTuple):
+    """Every metric of every method and group; the group of new users is left out where nobody is new."""
+
+    value_S: Mapping[Key, list[float]]  # one a seed, nan where undefined
+    drawn_R: Mapping[Key, np.ndarray]  # of COMPARED in groups with rows: [R], see `significance.bootstrap`
+
+
+def evaluate(results: Mapping[str, Sequence[Predictions]], *, n_resamples: int = 1000, seed: int = 0) -> Evaluation:
+    """Metrics of each method's seeds, and their means over seeds for resampled users, the same users for all methods.
 
     Raises:
         ValueError: two predictions are not on the same rows.
@@ -46,101 +41,98 @@ def quality_rows(
             )
             if not same:
                 raise ValueError(f"{method}: expected predictions on the same rows as the other methods, found others")
-    summaries = {method: [summarise(p) for p in seeds] for method, seeds in results.items()}
-    rows = []
+    member_B = {"all": np.ones(len(first.user_B), bool)}
+    member_B |= {group: first.group_B == number for number, group in enumerate(GROUP_NAMES)}
+    if not member_B[GROUP_NAMES[NEW]].any():
+        del member_B[GROUP_NAMES[NEW]]
+    value_S = {}
     for method, seeds in results.items():
-        for number, group in enumerate(GROUPS, start=-1):
-            keep_B = _members(first, number)
-            if not keep_B.any() and group not in GROUPS[:4]:
-                continue
-            for metric in summaries[method][0][group]:
-                value_S = [summary[group][metric] for summary in summaries[method]]
-                row: dict[str, Any] = {
-                    "method": method,
-                    "dataset": dataset,
-                    "inputs": inputs,
-                    "split": split,
-                    "group": group,
-                    "metric": metric,
-                    "mean": float(np.mean(value_S)),
-                    "std": float(np.std(value_S, ddof=1)) if len(value_S) > 1 else 0.0,
-                    "seeds": len(value_S),
-                    "p_vs_base": None,
-                }
-                if metric in COMPARED and method != base and base in results and keep_B.any():
-                    base_S = [summary[group][metric] for summary in summaries[base]]
-                    test = _test(seeds, results[base], value_S, base_S, keep_B, metric, n_resamples, seed)
-                    row |= {"p_vs_base": test.pop("p"), **test}
-                    if metric == "auc":
-                        row["rela_impr"] = relative_improvement(row["mean"], float(np.mean(base_S)))
-                rows.append({name: _clean(value) for name, value in row.items()})
+        summaries = [summarise(predictions) for predictions in seeds]
+        for group in member_B:
+            for metric in summaries[0][group]:
+                value_S[method, group, metric] = [summary[group][metric] for summary in summaries]
+    drawn_R = {}
+    for group, keep_B in member_B.items():
+        if not keep_B.any() or len(results) == 1:  # nobody, or nothing to compare with
+            continue
+        user_names, user_B = np.unique(first.user_B[keep_B], return_inverse=True)
+        count_RU = draw_users(len(user_names), n_resamples=n_resamples, seed=seed)
+        for method, seeds in results.items():
+            score_SB = np.stack([predictions.score_B[keep_B] for predictions in seeds])
+            for metric in COMPARED:
+                drawn_R[method, group, metric] = bootstrap(
+                    user_B, first.label_B[keep_B], score_SB, count_RU, metric=metric
+                )
+    return Evaluation(value_S, drawn_R)
+
+
+def quality_rows(
+    evaluation: Evaluation, *, dataset: str, inputs: str, split: str, base: str = "base"
+) -> list[dict[str, Any]]:
+    """One row for each method, group and metric.
+
+    Keys: method, dataset, inputs, split, group, metric, mean, std (over seeds, ddof 1, 0 for one seed), seeds,
+    p_vs_base (paired bootstrap over users), difference, low, high (to the base, 95%), p_t_test (over seeds) and, for
+    auc, rela_impr (Eq. 20). Undefined values are None.
+    """
+    rows = []
+    for (method, group, metric), value_S in evaluation.value_S.items():
+        row: dict[str, Any] = {
+            "method": method,
+            "dataset": dataset,
+            "inputs": inputs,
+            "split": split,
+            "group": group,
+            "metric": metric,
+            "mean": float(np.mean(value_S)),
+            "std": float(np.std(value_S, ddof=1)) if len(value_S) > 1 else 0.0,
+            "seeds": len(value_S),
+            "p_vs_base": None,
+        }
+        if method != base and (base, group, metric) in evaluation.drawn_R:
+            test = _test(evaluation, method, base, group, metric)
+            row |= {"p_vs_base": test.pop("p"), **test}
+            if metric == "auc":
+                base_S = evaluation.value_S[base, group, metric]
+                row["rela_impr"] = relative_improvement(row["mean"], float(np.mean(base_S)))
+        rows.append({name: _clean(value) for name, value in row.items()})
     return rows
 
 
 def comparisons(
-    results: Mapping[str, Sequence[Predictions]],
-    *,
-    method: str = "mars",
-    apart_from: Sequence[str] = ("base", "best_possible"),
-    n_resamples: int = 1000,
-    seed: int = 0,
+    evaluation: Evaluation, *, method: str = "mars", apart_from: Sequence[str] = ("base", "best_possible")
 ) -> list[dict[str, Any]]:
     """`method` against every other method that lends, for all and for low-active users; empty where it is not there.
 
     Keys: method, against, group, metric, difference, low, high (95%), p (paired bootstrap over users), p_holm (p
     adjusted for the number of methods compared with, Holm) and p_t_test (over seeds). Undefined values are None.
     """
-    if method not in results:
+    methods = dict.fromkeys(name for name, _, _ in evaluation.value_S)
+    if method not in methods:
         return []
-    first = results[method][0]
-    others = [name for name in results if name != method and name not in apart_from]
+    others = [name for name in methods if name != method and name not in apart_from]
     rows = []
-    for number, group in ((-1, "all"), (0, GROUP_NAMES[0])):
-        keep_B = _members(first, number)
+    for group in ("all", GROUP_NAMES[LOW]):
         for metric in COMPARED:
             family = []
             for other in others:
-                value_S, other_S = (
-                    [summarise(p)[group][metric] for p in results[name]] for name in (method, other)
-                )  # fmt: skip
-                if not keep_B.any() or not np.isfinite([*value_S, *other_S]).all():
-                    continue
-                test = _test(results[method], results[other], value_S, other_S, keep_B, metric, n_resamples, seed)
-                family.append({"method": method, "against": other, "group": group, "metric": metric} | test)
+                value_S, other_S = (evaluation.value_S[name, group, metric] for name in (method, other))
+                if np.isfinite([*value_S, *other_S]).all():
+                    test = _test(evaluation, method, other, group, metric)
+                    family.append({"method": method, "against": other, "group": group, "metric": metric} | test)
             adjusted = holm([row["p"] for row in family])
             rows += [row | {"p_holm": float(p)} for row, p in zip(family, adjusted, strict=True)]
     return [{name: _clean(value) for name, value in row.items()} for row in rows]
 
 
-def _members(predictions: Predictions, group: int) -> np.ndarray:
-    """The rows of a group; -1 is all."""
-    return np.ones(len(predictions.user_B), bool) if group < 0 else predictions.group_B == group
-
-
-def _test(
-    seeds: Sequence[Predictions],
-    other: Sequence[Predictions],
-    value_S: Sequence[float],
-    other_S: Sequence[float],
-    keep_B: np.ndarray,
-    metric: str,
-    n_resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    interval = paired_bootstrap(
-        seeds[0].user_B[keep_B],
-        seeds[0].label_B[keep_B],
-        np.stack([p.score_B[keep_B] for p in seeds]),
-        np.stack([p.score_B[keep_B] for p in other]),
-        metric=metric,
-        n_resamples=n_resamples,
-        seed=seed,
-    )
+def _test(evaluation: Evaluation, method: str, other: str, group: str, metric: str) -> dict[str, Any]:
+    value_S, other_S = (evaluation.value_S[name, group, metric] for name in (method, other))
+    found = interval(evaluation.drawn_R[method, group, metric], evaluation.drawn_R[other, group, metric])
     return {
-        "difference": interval.difference,
-        "low": interval.low,
-        "high": interval.high,
-        "p": interval.p_value,
+        "difference": found.difference,
+        "low": found.low,
+        "high": found.high,
+        "p": found.p_value,
         "p_t_test": t_test_paired(value_S, other_S) if len(value_S) == len(other_S) else None,
     }
 
