@@ -29,6 +29,7 @@ def default_config(preset: str = "mars") -> ConfigDict:
     data.label_threshold = config_dict.placeholder(float)  # label = value >= threshold; None: the column is 0/1
     data.min_item_events = 1  # items with fewer events are dropped
     data.min_user_events = 1
+    data.sample_users = 0  # only so many users, drawn with split.seed; 0: all
     data.strict = False  # refuse bad rows instead of dropping them
     data.columns = columns = ConfigDict()  # tabular: our name -> the file's name
     columns.user = "user"

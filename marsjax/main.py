@@ -32,6 +32,9 @@ COMMANDS = {
     "run": Command("do all stages for every seed and print the table of methods",
                    "Writes results.json and results.md. Stages that --workdir holds finished for the same values "
                    "and data are skipped; one that was stopped continues."),
+    "reproduce": Command("run the study (the paper's section 4 and more) and write the report",
+                         "Writes report.html, report.md and cells/*.json. Cells that are finished are not run again; "
+                         "each is every method for every seed, so a part can take hours.", ("quick", "parts")),
     "align": Command("train the aligned space; write item and user vectors",
                      "Writes one embeddings.npz a seed, with item_ND and user_UD."),
     "augment": Command("write what every low-active user borrows, as Parquet",
@@ -48,6 +51,8 @@ COMMANDS = {
 # fmt: on
 FLAG_HELP = {
     "output": "where to write (default: in --workdir; for score, beside the requests)",
+    "quick": "a small version in about 10 minutes: some users, one seed, one epoch",
+    "parts": "run these alone, joined by commas: table1, table2_ids, sparse_strong, ... (default: all)",
     "bundle": "folder that `marsjax export` wrote",
     "requests": 'JSON lines: {"user": ID, "items": [ID, ...]}, and if you like "history": [ID, ...] and "time": NUMBER',
 }
@@ -82,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         pipeline = importlib.import_module("marsjax.pipeline")  # here, so that --help answers at once
         positional = (config, arguments.workdir) if command.needs_config else ()
         flags = {flag: getattr(arguments, flag) for flag in command.flags}
-        if arguments.command == "run":
+        if arguments.command in ("run", "reproduce"):
             flags["command"] = shlex.join(["marsjax", *(sys.argv[1:] if argv is None else argv)])
         return getattr(pipeline, arguments.command)(*positional, **flags) or 0
     except KeyboardInterrupt:
@@ -127,8 +132,13 @@ def make_parser() -> argparse.ArgumentParser:
                              help="results, checkpoints and finished stages (default: %(default)s)")  # fmt: skip
             sub.add_argument("--strict", action="store_true", help="refuse bad rows instead of dropping them")
         for flag in command.flags:
-            kind = "FILE" if flag == "requests" else "PATH"
-            sub.add_argument(f"--{flag}", type=pathlib.Path, metavar=kind, help=FLAG_HELP[flag])
+            if flag == "quick":
+                sub.add_argument("--quick", action="store_true", help=FLAG_HELP[flag])
+            elif flag == "parts":
+                sub.add_argument("--parts", default="", metavar="NAMES", help=FLAG_HELP[flag])
+            else:
+                kind = "FILE" if flag == "requests" else "PATH"
+                sub.add_argument(f"--{flag}", type=pathlib.Path, metavar=kind, help=FLAG_HELP[flag])
     return parser
 
 

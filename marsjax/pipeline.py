@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from marsjax import alignment, embeddings, files, retrieval
+from marsjax import alignment, embeddings, files, retrieval, study
 from marsjax.augmentation import mars, table, votes
 from marsjax.augmentation.donors import find_donors
 from marsjax.augmentation.methods import METHODS, Offer, Treatment
 from marsjax.augmentation.queries import make_queries
-from marsjax.configuration import check_choices, fingerprint, to_json
+from marsjax.configuration import check_choices, fingerprint, override, to_json
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
 from marsjax.ctr.items import content_table
 from marsjax.data import batches, inspection
 from marsjax.data.movielens import load_movielens
 from marsjax.data.priors import prior_numbers
+from marsjax.data.sampling import sample_users
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
 from marsjax.data.tabular import load_tabular
-from marsjax.evaluation import metrics, report
+from marsjax.evaluation import metrics, page, report, study_page
 from marsjax.progress import progress
 from marsjax.provenance import current_commit, machine_description
 from marsjax.records import (
@@ -99,9 +102,10 @@ class Donation(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A CTR model and its scores of the test rows."""
+    """A CTR model and its scores of the test rows and of the validation rows."""
 
     predictions: Predictions
+    valid: Predictions
     params: PyTree
     statistics: PyTree
 
@@ -111,18 +115,59 @@ class Trained(NamedTuple):
 
 def run(config: ConfigDict, workdir: pathlib.Path, *, command: str = "marsjax.pipeline.run(config, workdir)") -> None:
     """All stages for every seed, then the report, which quotes `command`."""
-    began = time.monotonic()
-    stages, loaded = Stages(workdir), load(config)
-    results: dict[str, list[Predictions]] = {method: [] for method in config.evaluation.methods}
-    for seed in config.seeds:
-        context = Context(config, loaded, stages, seed)
-        donation = borrow(context)
-        for method, predictions in results.items():
-            predictions.append(train_stage(context, donation, method).predictions)
-    if loaded.dataset.oracle_E is not None:
-        results["best_possible"] = [predictions_of(loaded, loaded.dataset.oracle_E)] * len(config.seeds)
-    # Stages that an earlier run finished took the time that they took there.
-    write_report(context, results, command=command, seconds=time.monotonic() - began + stages.seconds_before)
+    found = run_cell(config, Stages(workdir), load(config), command=command)
+    files.write_json(workdir / "results.json", found)
+    files.write_bytes(workdir / "results.md", report.as_markdown(found["rows"], found["comparisons"]).encode())
+    say(report.as_table(found["rows"], found["comparisons"]))
+    say(f"results: {workdir}/results.json, {workdir}/results.md")
+
+
+def reproduce(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    quick: bool = False,
+    parts: str = "",
+    command: str = "marsjax.pipeline.reproduce(config, workdir)",
+) -> None:
+    """The paper's section 4 and more: report.html, report.md and a JSON a cell. What is finished is not run again."""
+    check(config)
+    began, names = time.monotonic(), [name for name in parts.split(",") if name]
+    plan = (study.quick if quick else study.full)(frozenset(METHODS))
+    if unknown := set(names) - {part.name for part in plan}:
+        raise ValueError(
+            f"--parts: expected some of {', '.join(part.name for part in plan)}, found {', '.join(sorted(unknown))}"
+        )
+    first = with_changes(config, study.QUICK if quick else {})
+    dataset = read(first)
+    stages, sections = Stages(workdir), []
+    for part in plan:
+        asked = not names or part.name in names
+        results = {}
+        for cell in part.cells:
+            changed = with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
+            path = workdir / "cells" / f"{cell.name}.json"
+            key = fingerprint("cell", dataset.fingerprint, to_json(changed))
+            known = files.read_json(path) if path.exists() else {}
+            if known.get("fingerprint") != key and asked:
+                known = run_cell(changed, stages, load(changed, dataset), command=command) | {"fingerprint": key}
+                files.write_json(path, known)
+            if known.get("fingerprint") == key:
+                results[cell.name] = known
+        drawn: tuple[Any, ...] = ()
+        if part.kind == "statistics":
+            drawn = (study_page.statistics_table(inspection.statistics(dataset, split(first, dataset))),)
+        elif part.kind == "cases" and asked:
+            drawn = cases(Context(first, load(first, dataset), stages, first.seeds[0]))
+        sections.append(study_page.section(part, results, drawn=drawn))
+    facts = {
+        "command": command,
+        "commit": ", ".join(sorted(stages.commits | {current_commit()})),
+        "machine": machine_description(),
+        "seconds of this run": f"{time.monotonic() - began:.0f}",
+    }
+    page.write_page(page.Page(f"MARS on {dataset.name}", tuple(facts.items()), tuple(sections)), workdir)
+    say(f"report: {workdir}/report.html, {workdir}/report.md; cells: {workdir}/cells")
 
 
 def inspect(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -264,7 +309,10 @@ def check(config: ConfigDict) -> None:
 
 def read(config: ConfigDict) -> Dataset:
     """Reads, checks and numbers the data."""
-    return SOURCES[config.data.source](config.data)
+    dataset = SOURCES[config.data.source](config.data)
+    return (
+        sample_users(dataset, config.data.sample_users, seed=config.split.seed) if config.data.sample_users else dataset
+    )
 
 
 def split(config: ConfigDict, dataset: Dataset) -> Rows:
@@ -284,10 +332,10 @@ def split(config: ConfigDict, dataset: Dataset) -> Rows:
     )
 
 
-def load(config: ConfigDict) -> Loaded:
+def load(config: ConfigDict, dataset: Dataset | None = None) -> Loaded:
     """Data ready for learning; tells every problem, and refuses splits that nothing can be learnt or judged on."""
     check(config)
-    dataset = read(config)
+    dataset = dataset or read(config)
     for problem in dataset.problems:
         log.warning(
             "data: %d x %s, %s: %s", problem.occurrences, problem.kind, problem.action, ", ".join(problem.where)
@@ -444,14 +492,14 @@ def augment_stage(context: Context, space: Space, vectors: Embeddings) -> Donati
     )
 
 
-def train_stage(context: Context, donation: Donation, method: str) -> Trained:
-    """Trains the CTR model on histories augmented by `method` and scores the test rows."""
+def train_stage(context: Context, donation: Donation | None, method: str) -> Trained:
+    """Trains the CTR model on histories augmented by `method` and scores the test rows; the base needs no donation."""
     config, loaded, stages, seed = context
     cfg, events, rows = config.ctr, loaded.dataset.log, loaded.rows
     model = make_backbone(to_json(cfg), **counts(loaded))
     settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
     tables, inputs = loaded.tables, loaded.inputs
-    lends = "base" if method == "base" else [
+    lends = "base" if donation is None or method == "base" else [
         method, donation.fingerprint, to_json(config.votes), to_json(config.short), config.augmentation.time_safe,
         config.augmentation.drop_target,
     ]  # fmt: skip
@@ -462,7 +510,7 @@ def train_stage(context: Context, donation: Donation, method: str) -> Trained:
 
     def build(folder: pathlib.Path) -> None:
         train_E, valid_E = np.flatnonzero(rows.split_E == TRAIN), np.flatnonzero(rows.split_E == VALID)
-        treatment = treat(context, donation, method)
+        treatment = Treatment() if donation is None else treat(context, donation, method)
         shown = treatment.rows or rows
         gather: dict[str, Any] = {
             "size": cfg.batch_size,
@@ -527,31 +575,68 @@ def train_stage(context: Context, donation: Donation, method: str) -> Trained:
     score_E, lent_E = np.zeros(len(rows.user_E), np.float32), np.zeros(len(rows.user_E), np.int64)
     with np.load(folder / "scores.npz") as arrays:
         score_E[test_E], lent_E[test_E] = arrays["test"], arrays["lent"]
+        score_E[rows.split_E == VALID] = arrays["valid"]
     trained = checkpoint.load_params(folder / "params", template)
-    return Trained(predictions_of(loaded, score_E, lent_E), trained["params"], trained["statistics"])
+    return Trained(
+        predictions_of(loaded, score_E, lent_E),
+        predictions_of(loaded, score_E, split=VALID),
+        trained["params"],
+        trained["statistics"],
+    )
 
 
-def write_report(context: Context, results: dict[str, list[Predictions]], *, command: str, seconds: float) -> None:
-    """Tables of all methods, printed and written as JSON and Markdown."""
-    config, loaded, stages, _ = context
+def run_cell(config: ConfigDict, stages: Stages, loaded: Loaded, *, command: str) -> dict[str, Any]:
+    """Every method of a configuration for every seed, and what came of it, ready for JSON."""
+    began, before = time.monotonic(), stages.seconds_before
+    trained: dict[str, list[Trained]] = {method: [] for method in config.evaluation.methods}
+    for seed in config.seeds:
+        context = Context(config, loaded, stages, seed)
+        donation = borrow(context)
+        for method, runs in trained.items():
+            runs.append(train_stage(context, donation, method))
+    results = {method: [run.predictions for run in runs] for method, runs in trained.items()}
+    valid = {method: [run.valid for run in runs] for method, runs in trained.items()}
+    if loaded.dataset.oracle_E is not None:
+        results["best_possible"] = [predictions_of(loaded, loaded.dataset.oracle_E)] * len(config.seeds)
+    if config.split.sparse_fraction and "base" in trained:
+        results["full_history"] = full_history(config, stages, loaded)
     evaluated = report.evaluate(results, n_resamples=config.evaluation.bootstrap, seed=0)
     rows = report.quality_rows(
-        evaluated, dataset=loaded.dataset.name, inputs=config.ctr.inputs, split=config.split.kind
+        evaluated, dataset=dataset_name(config, loaded), inputs=config.ctr.inputs, split=config.split.kind
     )
-    compared = report.comparisons(evaluated)
-    report.write_results(
-        stages.workdir / "results.json",
-        command=command,
-        commit=", ".join(sorted(stages.commits | {current_commit()})),
-        machine=machine_description(),
-        wall_seconds=seconds,
-        rows=rows,
-        comparisons=compared,
-        config=to_json(config),
-    )
-    files.write_bytes(stages.workdir / "results.md", report.as_markdown(rows, compared).encode())
-    say(report.as_table(rows, compared))
-    say(f"results: {stages.workdir}/results.json, {stages.workdir}/results.md")
+    seen = report.validation_rows(valid)
+    # The published method, and the variant of it that did best on the low-active users' validation rows.
+    variants = {row["method"]: row["auc_low"]["mean"] for row in seen if row["method"].startswith("mars")}
+    chosen = max(variants, key=lambda method: variants[method], default="mars")
+    others = ("base", "best_possible", "full_history", *(name for name in variants if name not in ("mars", chosen)))
+    return {
+        "command": command,
+        "commit": ", ".join(sorted(stages.commits | {current_commit()})),
+        "machine": machine_description(),
+        # Stages that an earlier run finished took the time that they took there.
+        "wall_seconds": time.monotonic() - began + stages.seconds_before - before,
+        "rows": rows,
+        "comparisons": [
+            row
+            for method in dict.fromkeys(("mars", chosen))
+            for row in report.comparisons(evaluated, method=method, apart_from=others)
+        ],
+        "validation": seen,
+        "by_length": report.length_rows(results, loaded.rows.train_length_U),
+        "config": to_json(config),
+    }
+
+
+def full_history(config: ConfigDict, stages: Stages, loaded: Loaded) -> list[Predictions]:
+    """The ceiling of sparse users: the base model with whole histories, on the same rows."""
+    whole = with_changes(config, {"split.sparse_fraction": "0"})
+    full = load(whole, loaded.dataset)
+    group_B = predictions_of(loaded, np.zeros(len(loaded.rows.user_E), np.float32)).group_B
+    out = []
+    for seed in whole.seeds:
+        context = Context(whole, full, stages, seed)
+        out.append(train_stage(context, None, "base").predictions._replace(group_B=group_B))
+    return out
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -600,6 +685,73 @@ def _tabular(data: ConfigDict) -> Dataset:
     )
 
 
+def with_changes(config: ConfigDict, changes: Mapping[str, str]) -> ConfigDict:
+    """A copy with some values changed, as by flags."""
+    changed = copy.deepcopy(config)
+    for key, text in changes.items():
+        override(changed, key, text)
+    return changed
+
+
+def dataset_name(config: ConfigDict, loaded: Loaded) -> str:
+    """The data set's name, with how far histories were cut: ml1m, ml1m_sparse5."""
+    sparse = f"_sparse{config.split.sparse_events}" if config.split.sparse_fraction else ""
+    return f"{loaded.dataset.name}{sparse}"
+
+
+def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
+    """Low-active users with what they did, what MARS lends them, and what it left out of the donor's history."""
+    config, loaded, _, seed = context
+    dataset, rows = loaded.dataset, loaded.rows
+    donation = borrow(context)
+    candidates = table.read_candidates(donation.folder / "candidates.npz")
+    user_Q = donation.queries.user_Q
+    whole_Q = np.flatnonzero(np.append(user_Q[1:] != user_Q[:-1], True))
+    chosen_Q = np.random.default_rng(seed).permutation(whole_Q)[:count]
+    folder = pathlib.Path(config.data.folder, config.data.image_folder) if config.data.image_folder else None
+
+    def card(item: int, note: str) -> page.ItemCard:
+        image = None
+        if folder is not None:
+            name = str(dataset.items.raw_id_N[item])
+            image = next((path for end in ("jpg", "jpeg", "png") if (path := folder / f"{name}.{end}").is_file()), None)
+        return page.ItemCard(str(dataset.items.title_N[item]) or str(dataset.items.raw_id_N[item]), note, image)
+
+    out = []
+    for query in chosen_Q:
+        user, slot_S = user_Q[query], np.flatnonzero(candidates.item_QS[query] > 0)
+        slot_S = slot_S[np.argsort(-candidates.similarity_QS[query, slot_S], kind="stable")]
+        own = slice(rows.histories.start_U1[user], rows.histories.train_end_U[user])
+        mine = [
+            card(item, "liked" if label > 0 else "not liked")
+            for item, label in zip(rows.histories.item_H[own][-8:], rows.histories.label_H[own][-8:], strict=True)
+        ]
+        kept = [slot for slot in slot_S if candidates.kept_QS[query, slot]]
+        left = [slot for slot in slot_S[::-1] if not candidates.kept_QS[query, slot]]
+        strips = [("own history, the last of it", tuple(mine))]
+        for name, slots in (("lent, most similar first", kept[:8]), ("left out, least similar first", left[:8])):
+            strips.append(
+                (
+                    name,
+                    tuple(
+                        card(
+                            int(candidates.item_QS[query, slot]),
+                            f"similarity {candidates.similarity_QS[query, slot]:+.2f}",
+                        )
+                        for slot in slots
+                    ),
+                )
+            )
+        donors = np.unique(candidates.donor_QS[query, slot_S])
+        facts = (
+            f"{own.stop - own.start} training events; donor {', '.join(map(str, dataset.log.raw_user_U[donors]))}, "
+            f"similarity {candidates.donor_similarity_QS[query, slot_S].max(initial=-1):.2f}; {len(kept)} items lent "
+            f"of {len(slot_S)}"
+        )
+        out.append(page.Case(f"User {dataset.log.raw_user_U[user]}", facts, tuple(strips)))
+    return tuple(out)
+
+
 SOURCES = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}
 ENTROPY_SIGNS = {"dispersive": 1.0, "printed": -1.0}
 
@@ -609,10 +761,12 @@ def centre_of(config: ConfigDict, donor_PD: np.ndarray) -> np.ndarray:
     return donor_PD.mean(axis=0) if config.retrieval.centre else np.zeros(donor_PD.shape[1], np.float32)
 
 
-def predictions_of(loaded: Loaded, score_E: np.ndarray, lent_E: np.ndarray | None = None) -> Predictions:
-    """Scores of all events (and how many items each was lent), cut to the test rows."""
+def predictions_of(
+    loaded: Loaded, score_E: np.ndarray, lent_E: np.ndarray | None = None, *, split: int = TEST
+) -> Predictions:
+    """Scores of all events (and how many items each was lent), cut to the rows of a split."""
     events, rows = loaded.dataset.log, loaded.rows
-    test_E = np.flatnonzero(rows.split_E == TEST)
+    test_E = np.flatnonzero(rows.split_E == split)
     user_B = rows.user_E[test_E]
     return Predictions(
         user_B=user_B,

@@ -58,7 +58,7 @@ def test_different_rows_are_refused():
         report.evaluate(results)
 
 
-def test_tables_and_files(rows, tmp_path):
+def test_tables(rows):
     text = report.as_table(rows)
     assert "mars" in text
     assert "360 test rows, 120 of low-active users" in text
@@ -66,10 +66,7 @@ def test_tables_and_files(rows, tmp_path):
     mars = row_of(rows, method="mars", group="low", metric="auc")
     assert f"p {mars['p_vs_base']:.3f}, t {mars['p_t_test']:.3f}" in text
     assert report.as_markdown(rows).count("\n| ") == 4
-    about = {"command": "c", "commit": "x", "machine": "m", "wall_seconds": 1.0}
-    report.write_results(tmp_path / "r.json", **about, rows=rows, comparisons=[])
-    written = json.loads((tmp_path / "r.json").read_text())
-    assert written == about | {"rows": rows, "comparisons": []}
+    json.dumps(rows, allow_nan=False)
 
 
 def test_five_seeds_are_enough_for_a_claim():

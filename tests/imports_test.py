@@ -33,9 +33,10 @@ ALLOWED: dict[str, set[str]] = {
     "stages": {"provenance"},
     "configuration": set(),
     "defaults": {"data.synthetic"},  # its arguments are configuration keys
+    "study": set(),
     "pipeline": {
         "alignment", "augmentation", "configuration", "ctr", "data", "embeddings", "evaluation", "features", "progress",
-        "provenance", "retrieval", "serving", "stages", "training",
+        "provenance", "retrieval", "serving", "stages", "study", "training",
     },
     "main": {"allocator", "configuration"},  # and the pipeline, by importlib once the flags are read
 }  # fmt: skip

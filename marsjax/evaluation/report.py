@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from marsjax import files
-from marsjax.evaluation.metrics import relative_improvement, summarise
+from marsjax.evaluation.metrics import auc, relative_improvement, summarise
 from marsjax.evaluation.significance import bootstrap, draw_users, holm, interval, t_test_paired
 from marsjax.records import GROUP_NAMES, LOW, NEW, Predictions
 
@@ -125,6 +123,49 @@ def comparisons(
     return [{name: _clean(value) for name, value in row.items()} for row in rows]
 
 
+def validation_rows(results: Mapping[str, Sequence[Predictions]]) -> list[dict[str, Any]]:
+    """AUC of validation rows, by which variants are chosen: method, auc_all and auc_low (mean, std) each."""
+    rows = []
+    for method, seeds in results.items():
+        row: dict[str, Any] = {"method": method}
+        for name, group in (("auc_all", None), ("auc_low", LOW)):
+            keeps = [np.ones(len(p.label_B), bool) if group is None else p.group_B == group for p in seeds]
+            value_S = [auc(p.label_B[keep_B], p.score_B[keep_B]) for p, keep_B in zip(seeds, keeps, strict=True)]
+            spread = float(np.std(value_S, ddof=1)) if len(value_S) > 1 else 0.0
+            row[name] = {"mean": float(np.mean(value_S)), "std": spread}
+        rows.append(row)
+    return rows
+
+
+def length_rows(
+    results: Mapping[str, Sequence[Predictions]], length_U: np.ndarray, *, bins: int = 10, base: str = "base"
+) -> list[dict[str, Any]]:
+    """What each method gains in AUC by the length of the user's training history: method, length, gain, rows.
+
+    Test rows are cut into `bins` equal parts by length (mean of a part, events); values are means over seeds. Empty
+    without the base; a part without both labels is left out.
+    """
+    if base not in results:
+        return []
+    first = results[base][0]
+    order_B = np.argsort(length_U[first.user_B], kind="stable")
+    parts = [part for part in np.array_split(order_B, bins) if 0 < first.label_B[part].sum() < len(part)]
+
+    def aucs(method: str) -> np.ndarray:
+        return np.array([np.mean([auc(p.label_B[part], p.score_B[part]) for p in results[method]]) for part in parts])
+
+    base_X = aucs(base)
+    return [
+        {
+            "method": method,
+            "length": [float(length_U[first.user_B[part]].mean()) for part in parts],
+            "gain": (aucs(method) - base_X).tolist(),
+            "rows": [len(part) for part in parts],
+        }
+        for method in results
+    ]
+
+
 def _test(evaluation: Evaluation, method: str, other: str, group: str, metric: str) -> dict[str, Any]:
     value_S, other_S = (evaluation.value_S[name, group, metric] for name in (method, other))
     found = interval(evaluation.drawn_R[method, group, metric], evaluation.drawn_R[other, group, metric])
@@ -158,16 +199,19 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
         line = [method]
         for metric, group in wanted:
             row = by_key[method, group, metric]
-            spread = f" ± {row['std']:.4f}" if row["seeds"] > 1 else ""
-            if metric == "lent":
-                line.append(f"{row['mean']:.1f}")
-            else:
-                line.append("-" if row["mean"] is None else f"{row['mean']:.4f}{spread}")
+            value, difference = value_and_difference(row)
+            line.append(f"{row['mean']:.1f}" if metric == "lent" else value)
             if metric in COMPARED:
-                known = row.get("difference") is not None
-                line.append(_difference(row, row["p_vs_base"]) if known else "")
+                line.append(difference)
         lines.append(line)
     return header, lines
+
+
+def value_and_difference(row: Mapping[str, Any]) -> tuple[str, str]:
+    """A mean with its spread, and its difference to the base; empty where there is none."""
+    spread = f" ± {row['std']:.4f}" if row["seeds"] > 1 else ""
+    value = "-" if row["mean"] is None else f"{row['mean']:.4f}{spread}"
+    return value, _difference(row, row["p_vs_base"]) if row.get("difference") is not None else ""
 
 
 def _difference(row: Mapping[str, Any], p: float) -> str:
@@ -190,7 +234,7 @@ def comparison_cells(compared: Sequence[Mapping[str, Any]]) -> tuple[list[str], 
 
 def as_table(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]] = ()) -> str:
     """Plain text for a terminal."""
-    text = [_title(rows)]
+    text = [title(rows)]
     for header, lines in [cells(rows)] + ([comparison_cells(compared)] if compared else []):
         widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
         padded = [
@@ -203,13 +247,14 @@ def as_table(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]] = ()) -> str:
     """Markdown tables."""
-    text = [_title(rows), ""]
+    text = [title(rows), ""]
     for header, lines in [cells(rows)] + ([comparison_cells(compared)] if compared else []):
         text += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)] + [""]
     return "\n".join(text)
 
 
-def _title(rows: Sequence[Mapping[str, Any]]) -> str:
+def title(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What was run, how often, on how many rows, and what the columns mean."""
     count = next(row["mean"] for row in rows if row["metric"] == "rows")
     low = next(row["mean"] for row in rows if row["metric"] == "rows" and row["group"] == "low")
     first = rows[0]
@@ -217,22 +262,4 @@ def _title(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{first['dataset']}, {first['split']}, {first['seeds']} seed(s); {count:.0f} test rows, {low:.0f} of "
         "low-active users; intervals and p: paired bootstrap over users; t: p of a t-test over seeds; lent: borrowed "
         "items a row" + ("" if first["seeds"] >= ENOUGH_SEEDS else f"; fewer than {ENOUGH_SEEDS} seeds: no claim")
-    )
-
-
-def write_results(
-    path: pathlib.Path,
-    *,
-    command: str,
-    commit: str,
-    machine: str,
-    wall_seconds: float,
-    rows: Sequence[Mapping[str, Any]],
-    **more: Any,
-) -> None:
-    """Writes results as JSON: what was run, where, how long, the rows, and what else is given by name."""
-    files.write_json(
-        path,
-        {"command": command, "commit": commit, "machine": machine, "wall_seconds": wall_seconds, "rows": list(rows)}
-        | more,
     )

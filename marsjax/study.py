@@ -1,0 +1,181 @@
+"""What `marsjax reproduce` runs: section 4 of the paper on one backbone, and what the paper does not show.
+
+A study is made of parts, a part of cells. A cell is one configuration and the methods that are trained on it, for every
+seed; what cells share (data, alignment, the base) is done once. This file is data: `pipeline.reproduce` runs it, and
+`evaluation.study_page` draws it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Cell(NamedTuple):
+    """One configuration, and what is trained on it."""
+
+    name: str  # of its file in --workdir/cells
+    label: str  # in tables and plots
+    methods: tuple[str, ...]  # each with "base", which the others are compared with
+    changes: Mapping[str, str]  # configuration key -> value, over the configuration of the command
+    x: float | None = None  # its place on the axis of a sweep
+
+
+class Part(NamedTuple):
+    """A section of the report."""
+
+    name: str  # for --parts
+    title: str
+    kind: str  # how it is drawn: a key of `evaluation.study_page.DRAWN`
+    text: str
+    cells: tuple[Cell, ...] = ()
+    x_label: str = ""  # of a sweep
+
+
+CONTROLS = ("random_donor", "popular_items", "everybody_votes", "collaborative_vote", "short_histories")
+BASELINES = ("ran", "ran_s", "reppad", "cmr", "cmrsi", "cl4srec", "coserec", "basrec")
+PUBLISHED = ("mars", "mars_time_safe", "mars_without_target")
+VARIANTS = ("mars_vote", "mars_vote_time_safe", "mars_vote_and_items", "mars_short_vote")
+BASES = {"ids": "ids only, as the paper", "strong": "strong inputs"}
+ALONE = ("base", "mars", "mars_vote")  # what is followed through ablations and sweeps
+
+
+def table_2(known: frozenset[str]) -> tuple[str, ...]:
+    """All methods of Table 2, baselines in both forms, as far as there are such methods."""
+    budget = tuple(f"{name}_budget" for name in BASELINES)
+    return tuple(name for name in ("base", *BASELINES, *budget, *CONTROLS, *PUBLISHED, *VARIANTS) if name in known)
+
+
+def full(known: frozenset[str]) -> tuple[Part, ...]:
+    """The whole study, of the methods that are `known`."""
+
+    def variant(part: str, label: str, changes: Mapping[str, str], methods: tuple[str, ...] = ALONE,
+                x: float | None = None, inputs: str = "strong") -> Cell:  # fmt: skip
+        slug = "".join(letter if letter.isalnum() or letter == "." else "_" for letter in label)
+        return Cell(f"{part}_{slug}_{inputs}", label, methods, {"ctr.inputs": inputs, **changes}, x)
+
+    def sweep(part: str, title: str, key: str, values: tuple[str, ...], text: str) -> Part:
+        cells = tuple(variant(part, value, {key: value}, ("base", "mars"), float(value)) for value in values)
+        return Part(part, title, "sweep", text, cells, x_label=key)
+
+    ablations = {
+        "complete": {},
+        "without text": {"alignment.modalities": "image"},
+        "without image": {"alignment.modalities": "text"},
+        "without Stein": {"alignment.beta": "0"},
+        "without training": {"alignment.epochs": "0"},
+    }
+    objectives = {
+        "Stein": {},
+        "printed sign": {"alignment.entropy_sign": "printed"},
+        "InfoNCE": {"alignment.objective": "info_nce"},
+        "cosine": {"alignment.objective": "cosine"},
+        "MMD": {"alignment.objective": "mmd"},
+        "values kept": {"alignment.keep_values": "true"},
+        "static item vectors": {"augmentation.vectors": "static"},
+        "donors of the whole history": {"retrieval.prefix_stride": "0"},
+        "ids only": {"alignment.modalities": ""},
+    }
+    paddings = {"most similar": "most_similar", "filter": "filter", "kth similar": "kth_similar", "DP": "dp"}
+    followed = tuple(
+        name
+        for name in ("base", "mars", "random_donor", "mars_vote", "everybody_votes", "short_histories",
+                     "mars_short_vote", "cmr", "reppad", "coserec")
+        if name in known
+    )  # fmt: skip
+    return (
+        Part("table1", "Table 1: the data", "statistics", "Counts after cleaning, beside the paper's."),
+        *(
+            Part(
+                f"table2_{inputs}",
+                f"Table 2: all methods, {name}",
+                "methods",
+                "Every method is trained anew, with the same seeds, epochs and model. Baselines in their usual form, "
+                "and (`_budget`) lending low-active users as many items as MARS does.",
+                (Cell(f"table2_{inputs}", name, table_2(known), {"ctr.inputs": inputs}),),
+            )
+            for inputs, name in BASES.items()
+        ),
+        *(
+            Part(
+                f"table3_{inputs}",
+                f"Table 3: MARS without its parts, {BASES[inputs]}",
+                "variants",
+                "Without training, the encoder is used as it was drawn.",
+                tuple(variant("table3", label, changes, inputs=inputs) for label, changes in ablations.items()),
+            )
+            for inputs in BASES
+        ),
+        *(
+            Part(
+                f"figure4_{inputs}",
+                f"Figure 4: padding strategies, {BASES[inputs]}",
+                "variants",
+                "What of the donors' histories is lent (section 4.4).",
+                tuple(
+                    variant("figure4", label, {"augmentation.strategy": value}, ("base", "mars"), inputs=inputs)
+                    for label, value in paddings.items()
+                ),
+            )
+            for inputs in BASES
+        ),
+        *(
+            Part(
+                f"sparse_{inputs}",
+                f"Sparse users: what a history is worth, {BASES[inputs]}",
+                "sparse",
+                "A random 30% of the users keep only their first events, in training and at test. The ceiling, "
+                "`full_history`, is the base model with their whole histories, on the same rows.",
+                tuple(
+                    Cell(
+                        f"sparse{count}_{inputs}",
+                        f"{count} events",
+                        followed,
+                        {
+                            "ctr.inputs": inputs,
+                            "split.kind": "last_fraction",
+                            "split.sparse_fraction": "0.3",
+                            "split.sparse_events": str(count),
+                        },
+                        float(count),
+                    )
+                    for count in (3, 5, 10, 20)
+                ),
+                x_label="events that low-active users keep",
+            )
+            for inputs in BASES
+        ),
+        Part(
+            "alignment",
+            "How the space is made",
+            "variants",
+            "Losses that align text and images, signs of the entropy, and what else decides who is similar.",
+            tuple(variant("alignment", label, changes) for label, changes in objectives.items()),
+        ),
+        sweep("theta", "How much is kept", "augmentation.theta_quantile", ("0", "0.25", "0.5", "0.75"), "Eq. 17."),
+        sweep("beta", "Weight of the Stein loss", "alignment.beta", ("0.01", "0.1", "1"), "Eq. 14."),
+        sweep("lambda", "Weight of the entropy", "alignment.lambda_", ("0.0003", "0.003", "0.03"), "Eq. 8."),
+        Part("cases", "What MARS does for single users", "cases", "Low-active users drawn by seed, not chosen."),
+    )  # fmt: skip
+
+
+QUICK = {
+    "seeds": "0",
+    "data.sample_users": "800",
+    "alignment.epochs": "0.5",
+    "ctr.epochs": "1",
+    "ctr.cap": "50",
+    "ctr.buckets": "25,50",
+    "evaluation.bootstrap": "200",
+}
+
+
+def quick(known: frozenset[str]) -> tuple[Part, ...]:
+    """A small version: some users, one seed, one epoch, and no sweeps. It shows the report, and proves nothing."""
+    wanted = ("table1", "table2_ids", "table2_strong", "figure4_ids", "sparse_strong", "cases")
+    parts = []
+    for part in full(known):
+        if part.name in wanted:
+            kept = [cell for cell in part.cells if part.kind != "sparse" or cell.x in (5, 20)]
+            parts.append(part._replace(cells=tuple(cell._replace(changes={**cell.changes, **QUICK}) for cell in kept)))
+    return tuple(parts)
