@@ -9,7 +9,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +47,7 @@ from marsjax.records import (
     Inputs,
     ItemTables,
     Predictions,
+    Problem,
     Queries,
     Rows,
 )
@@ -140,17 +141,25 @@ def reproduce(
         )
     first = with_changes(config, study.QUICK if quick else {})
     dataset = read(first)
+    tell(dataset.problems)
     stages, sections = Stages(workdir), []
     for part in plan:
         asked = not names or part.name in names
-        results = {}
+        results: dict[str, Any] = {}
+        refused: dict[str, str] = {}
         for cell in part.cells:
             changed = with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
             path = workdir / "cells" / f"{cell.name}.json"
             key = fingerprint("cell", dataset.fingerprint, to_json(changed))
             known = files.read_json(path) if path.exists() else {}
             if known.get("fingerprint") != key and asked:
-                known = run_cell(changed, stages, load(changed, dataset), command=command) | {"fingerprint": key}
+                try:
+                    loaded = load(changed, dataset)
+                except ValueError as error:  # this cell asks of the data what they do not have
+                    log.warning("%s cannot be run: %s", cell.name, error)
+                    refused[cell.name] = str(error)
+                    continue
+                known = run_cell(changed, stages, loaded, command=command) | {"fingerprint": key}
                 files.write_json(path, known)
             if known.get("fingerprint") == key:
                 results[cell.name] = known
@@ -159,7 +168,7 @@ def reproduce(
             drawn = (study_page.statistics_table(inspection.statistics(dataset, split(first, dataset))),)
         elif part.kind == "cases" and asked:
             drawn = cases(Context(first, load(first, dataset), stages, first.seeds[0]))
-        sections.append(study_page.section(part, results, drawn=drawn))
+        sections.append(study_page.section(part, results, refused, drawn=drawn))
     facts = {
         "command": command,
         "commit": ", ".join(sorted(stages.commits | {current_commit()})),
@@ -315,6 +324,14 @@ def read(config: ConfigDict) -> Dataset:
     )
 
 
+def tell(problems: Sequence[Problem]) -> None:
+    """Every problem of the data, to the log."""
+    for problem in problems:
+        log.warning(
+            "data: %d x %s, %s: %s", problem.occurrences, problem.kind, problem.action, ", ".join(problem.where)
+        )
+
+
 def split(config: ConfigDict, dataset: Dataset) -> Rows:
     """Splits the log, and ranks users by activity."""
     cfg = config.split
@@ -335,11 +352,9 @@ def split(config: ConfigDict, dataset: Dataset) -> Rows:
 def load(config: ConfigDict, dataset: Dataset | None = None) -> Loaded:
     """Data ready for learning; tells every problem, and refuses splits that nothing can be learnt or judged on."""
     check(config)
-    dataset = dataset or read(config)
-    for problem in dataset.problems:
-        log.warning(
-            "data: %d x %s, %s: %s", problem.occurrences, problem.kind, problem.action, ", ".join(problem.where)
-        )
+    if dataset is None:
+        dataset = read(config)
+        tell(dataset.problems)
     rows = split(config, dataset)
     for name, number in (("training", TRAIN), ("validation", VALID), ("test", TEST)):
         label_R = dataset.log.label_E[rows.split_E == number]

@@ -14,10 +14,13 @@ Part = Any  # marsjax.study.Part
 Drawn = tuple[Table | Plot | Case, ...]
 
 
-def section(part: Part, results: Mapping[str, Results], *, drawn: Drawn = ()) -> Section:
-    """A section of what is finished of a part; what is not is named."""
-    missing = [cell.label for cell in part.cells if cell.name not in results]
+def section(part: Part, results: Mapping[str, Results], refused: Mapping[str, str], *, drawn: Drawn = ()) -> Section:
+    """A section of what is finished of a part; what is not run yet, or cannot be run on the data, is named."""
+    missing = [cell.label for cell in part.cells if cell.name not in {**results, **refused}]
     text = part.text
+    for cell in part.cells:
+        if cell.name in refused:
+            text += f"\n\n{cell.label}: cannot be run on these data ({refused[cell.name]})."
     if missing:
         text += f"\n\nNot run yet: {', '.join(missing)}. Run `marsjax reproduce --parts={part.name}`."
     finished = [(cell, results[cell.name]) for cell in part.cells if cell.name in results]
