@@ -226,6 +226,11 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             f"export: expected split.sparse_fraction=0, found {config.split.sparse_fraction}; a bundle serves whole "
             "histories, and no model was trained on those of the sparse users"
         )
+    if config.ctr.inputs != "ids" or METHODS[config.export.method].offline:
+        raise ValueError(
+            f"export: expected ctr.inputs=ids and a method that lends items, found {config.ctr.inputs} and "
+            f"{config.export.method}; a bundle holds no feedback marks, prior rates or votes to score with yet"
+        )
     context = Context(config, load(config), Stages(workdir), config.seeds[0])
     space = align_stage(context)
     vectors, _ = embed_stage(context, space)

@@ -110,6 +110,7 @@ class Method(NamedTuple):
 
     treat: Callable[[Offer], Treatment]
     numbers: int = 0  # J of `Treatment.dense_EJ`
+    offline: bool = False  # needs of a row what a bundle does not hold
 
 
 METHODS: dict[str, Method] = {
@@ -119,13 +120,13 @@ METHODS: dict[str, Method] = {
     "mars": Method(mars),
     "mars_time_safe": Method(mars_time_safe),
     "mars_without_target": Method(mars_without_target),
-    "mars_vote": Method(mars_vote, 2),
-    "mars_vote_time_safe": Method(mars_vote_time_safe, 2),
-    "mars_vote_and_items": Method(mars_vote_and_items, 2),
-    "short_histories": Method(short_histories),
-    "mars_short_vote": Method(mars_short_vote, 2),
-    "everybody_votes": Method(everybody_votes, 2),
-    "collaborative_vote": Method(collaborative_vote, 2),
+    "mars_vote": Method(mars_vote, numbers=2, offline=True),
+    "mars_vote_time_safe": Method(mars_vote_time_safe, numbers=2, offline=True),
+    "mars_vote_and_items": Method(mars_vote_and_items, numbers=2, offline=True),
+    "short_histories": Method(short_histories, offline=True),
+    "mars_short_vote": Method(mars_short_vote, numbers=2, offline=True),
+    "everybody_votes": Method(everybody_votes, numbers=2, offline=True),
+    "collaborative_vote": Method(collaborative_vote, numbers=2, offline=True),
 }
 
 
