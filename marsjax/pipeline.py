@@ -296,8 +296,9 @@ def check(config: ConfigDict) -> None:
             "data.source": SOURCES,
             "split.kind": ("leave_one_out", "last_fraction", "global_time"),
             "split.history": ("all", "positives"),
-            "alignment.entropy_sign": ENTROPY_SIGNS,
-            "alignment.estimator": ("stein", "ssge"),
+            "alignment.objective": alignment.OBJECTIVES,
+            "alignment.entropy_sign": alignment.ENTROPY_SIGNS,
+            "alignment.estimator": alignment.ESTIMATORS,
             "retrieval.backend": ("usearch", "exact"),
             "augmentation.strategy": mars.STRATEGIES,
             "augmentation.vectors": ("contextual", "static"),
@@ -396,10 +397,11 @@ def align_stage(context: Context) -> Space:
         hidden=cfg.hidden,
         normalise=cfg.normalise,
         residual=cfg.residual,
+        keep_values=cfg.keep_values,
     )
     settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
-    sign = ENTROPY_SIGNS[cfg.entropy_sign]
-    weights = alignment.AlignmentLoss(cfg.beta, cfg.lambda_, sign, cfg.eta, cfg.estimator)
+    sign = alignment.ENTROPY_SIGNS[cfg.entropy_sign]
+    weights = alignment.AlignmentLoss(cfg.beta, cfg.lambda_, sign, cfg.eta, cfg.estimator, cfg.objective)
     make_source = functools.partial(
         batches.alignment_source,
         loaded.dataset.log,
@@ -773,7 +775,6 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
 
 
 SOURCES = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}
-ENTROPY_SIGNS = {"dispersive": 1.0, "printed": -1.0}
 
 
 def centre_of(config: ConfigDict, donor_PD: np.ndarray) -> np.ndarray:
@@ -810,7 +811,11 @@ def treat(context: Context, donation: Donation, method: str) -> Treatment:
         borrowed=donation.borrowed,
         item_ND=donation.item_ND,
         votes=votes.Settings(
-            config.votes.sharpness, config.votes.shrink, config.retrieval.history, config.augmentation.time_safe
+            sharpness=config.votes.sharpness,
+            evidence=config.votes.evidence,
+            shrink=config.votes.shrink,
+            cap=config.retrieval.history,
+            time_safe=config.augmentation.time_safe,
         ),
         low_only=config.votes.low_only,
         cut_share=config.short.share,

@@ -54,8 +54,10 @@ def scalar_vote(log, rows, item_ND, donors, event, settings):
     user, histories = rows.user_E[event], rows.histories
     seen = slice(max(histories.start_U1[user], histories.end_E[event] - settings.cap), histories.end_E[event])
     mine = profile(histories.item_H[seen], histories.label_H[seen])
+    n_seen = seen.stop - seen.start
+    sharpness = settings.sharpness * n_seen / (n_seen + settings.evidence)
     strength = {
-        donor: np.exp(settings.sharpness * mine @ profile(log.item_E[events], log.label_E[events]))
+        donor: np.exp(sharpness * mine @ profile(log.item_E[events], log.label_E[events]))
         for donor, events in train.items()
     }
     mean = np.mean(list(strength.values()))
@@ -73,7 +75,7 @@ def scalar_vote(log, rows, item_ND, donors, event, settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        votes.Settings(sharpness=3.0, shrink=0.7),
+        votes.Settings(sharpness=3.0, shrink=0.7, evidence=4.0),
         votes.Settings(sharpness=0.0, shrink=2.0),
         votes.Settings(sharpness=3.0, shrink=0.7, time_safe=True),
         votes.Settings(sharpness=3.0, shrink=0.7, cap=2),

@@ -89,8 +89,8 @@ def everybody_votes(offer: Offer) -> Treatment:
 
 
 def collaborative_vote(offer: Offer) -> Treatment:
-    """Control: users are compared by the very items they like, without text or images."""
-    return ask(offer, np.eye(len(offer.item_ND), dtype=np.float32) * (np.arange(len(offer.item_ND)) > 0))
+    """Control: users are compared by who likes what with whom, without text or images."""
+    return ask(offer, votes.collaborative_factors(offer.log, offer.rows, offer.donors.user_P, offer.item_ND))
 
 
 def random_donor(offer: Offer) -> Treatment:

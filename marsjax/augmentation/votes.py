@@ -28,6 +28,7 @@ class Settings(NamedTuple):
     """How donors vote."""
 
     sharpness: float = 8.0  # a donor counts exp(sharpness * cosine), scaled to a mean of 1 over all donors
+    evidence: float = 20.0  # events with which half the sharpness is reached: few events say little of a taste
     shrink: float = 30.0  # votes of weight 1 that say "as usual": what few donors know counts little
     cap: int = 200  # the last items of a history that users are compared by
     time_safe: bool = False  # ask only donors who met the target before the row's own time
@@ -71,6 +72,18 @@ def make_voters(log: Log, rows: Rows, user_P: np.ndarray, item_ND: np.ndarray) -
     return Voters(unit(special @ centred(item_ND)), opinion_NP, known_NP, time_NP, usual_N)
 
 
+def collaborative_factors(
+    log: Log, rows: Rows, user_P: np.ndarray, item_ND: np.ndarray, *, width: int = 64
+) -> np.ndarray:
+    """Item vectors [N, width] from the donors' opinions alone: their principal components, scaled by their strength.
+
+    `item_ND` gives the size of the catalogue.
+    """
+    opinion_NP = make_voters(log, rows, user_P, item_ND).opinion_NP
+    left_NX, strength_X, _ = np.linalg.svd(opinion_NP, full_matrices=False)
+    return left_NX[:, :width] * strength_X[:width]
+
+
 def vote(
     log: Log,
     rows: Rows,
@@ -101,13 +114,14 @@ def vote(
         item_X = histories.item_H[at_X]
         special_X = histories.label_H[at_X] - usual_N[item_X]
         history = scipy.sparse.csr_matrix((special_X, item_X, start_C1), shape=(len(row_C), len(usual_N)))
-        target_C = log.item_E[row_C]
+        target_C, length_C = log.item_E[row_C], np.diff(start_C1)
+        sharpness_C = settings.sharpness * length_C / np.maximum(length_C + settings.evidence, 1e-9)
         allowed_CP = voters.time_NP[target_C] < log.time_E[row_C][:, None] if settings.time_safe else None
         padded = jax.tree.map(
             lambda x: np.pad(x, [(0, CHUNK - len(x))] + [(0, 0)] * (x.ndim - 1)),
-            (unit(history @ vector_ND), target_C, allowed_CP),
+            (unit(history @ vector_ND), sharpness_C.astype(np.float32), target_C, allowed_CP),
         )
-        out_R2[begin : begin + len(row_C)] = _vote(*padded, *arrays, settings.sharpness, settings.shrink)[: len(row_C)]
+        out_R2[begin : begin + len(row_C)] = _vote(*padded, *arrays, settings.shrink)[: len(row_C)]
         advance(len(row_C))
     return out_R2
 
@@ -115,15 +129,15 @@ def vote(
 @functools.partial(jax.jit)
 def _vote(
     profile_CD: Array,
+    sharpness_C: Array,
     target_C: Array,
     allowed_CP: Array | None,
     profile_PD: Array,
     opinion_NP: Array,
     known_NP: Array,
-    sharpness: float,
     shrink: float,
 ) -> jax.Array:
-    strength_CP = jnp.exp(sharpness * (profile_CD @ profile_PD.T))
+    strength_CP = jnp.exp(sharpness_C[:, None] * (profile_CD @ profile_PD.T))
     strength_CP = strength_CP / jnp.mean(strength_CP, axis=1, keepdims=True)
     known_CP = known_NP[target_C] if allowed_CP is None else known_NP[target_C] & allowed_CP
     strength_CP = strength_CP * known_CP

@@ -10,12 +10,14 @@ STRENGTH = 10.0  # events that the rate over all training events counts for, whe
 
 
 def prior_numbers(log: Log, rows: Rows) -> np.ndarray:
-    """Four numbers for each event, [E, 4] float32: the user's rate of likes and count of events in the visible history,
-    the item's rate of likes and count among the training events of all users at an earlier time.
+    """Six numbers for each event, [E, 6] float32: rate of likes and count of events of the user in the visible history,
+    of the item among the training events of all users at an earlier time, and of the item among all training events of
+    the other half of the users (drawn with a fixed seed).
 
     Rates are shrunk to the rate over all training events and moved by it; counts are log(1 + n), scaled to about 1.
-    Nothing of the event itself or of a later one enters: an item's rate over *all* training events but the row's own
-    would tell the label of training rows (where the rest has liked less, the row has liked more).
+    The label of the event enters nowhere. An item's rate over all training events but the row's own would tell it:
+    where the others have liked less, the row has liked more. So the last pair leaves out half of the users, the row's
+    own among them. The first four know nothing later than the event.
     """
     histories, is_train_E = rows.histories, rows.split_E == TRAIN
     overall = float(log.label_E[is_train_E].mean())
@@ -23,8 +25,14 @@ def prior_numbers(log: Log, rows: Rows) -> np.ndarray:
     start_E = histories.start_E
     user = histories.end_E - start_E, likes_H1[histories.end_E] - likes_H1[start_E]
     item = earlier_events(log.item_E, log.time_E, np.stack([is_train_E, is_train_E * log.label_E]))
+    half_U = np.random.default_rng(0).permutation(len(rows.group_U)) % 2
+    side_E, n_items = half_U[rows.user_E], int(log.item_E.max(initial=0)) + 1
+    key_E, other_E = side_E * n_items + log.item_E, (1 - side_E) * n_items + log.item_E
+    counts, likes = (
+        np.bincount(key_E, weight_E, minlength=2 * n_items) for weight_E in (is_train_E, is_train_E * log.label_E)
+    )
     columns = []
-    for count_E, likes_E in (user, item):
+    for count_E, likes_E in (user, item, (counts[other_E], likes[other_E])):
         rate_E = (likes_E + STRENGTH * overall) / (count_E + STRENGTH)
         columns += [4.0 * (rate_E - overall), np.log1p(count_E) / 4.0 - 1.0]
     return np.stack(columns, axis=1).astype(np.float32)
