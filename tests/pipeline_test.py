@@ -94,12 +94,12 @@ def test_finished_stages_are_skipped_and_others_are_not(workdir, caplog):
 
 def test_a_stage_whose_file_changed_is_built_again(workdir, caplog):
     (folder,) = (workdir / "stages").glob("base-*")
-    score = np.load(folder / "test.npz")["score"]
-    (folder / "test.npz").write_bytes((folder / "test.npz").read_bytes()[:100])
+    score = np.load(folder / "scores.npz")["test"]
+    (folder / "scores.npz").write_bytes((folder / "scores.npz").read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
         pipeline.run(small_config(), workdir)
-    assert "test.npz does not match its sum" in caplog.text
-    np.testing.assert_array_equal(np.load(folder / "test.npz")["score"], score)
+    assert "scores.npz does not match its sum" in caplog.text
+    np.testing.assert_array_equal(np.load(folder / "scores.npz")["test"], score)
 
 
 def test_donors_are_high_active_borrowers_low_active_and_never_the_same(workdir, tmp_path):
@@ -156,7 +156,7 @@ def test_bundle_gives_the_same_scores_in_a_new_process(workdir, exported, tmp_pa
     found = [json.loads(line)["scores"][0] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     (folder,) = [
         path for path in (workdir / "stages").glob("mars-*")
-        if np.allclose(np.load(path / "test.npz")["score"], found, atol=1e-6)
+        if np.allclose(np.load(path / "scores.npz")["test"], found, atol=1e-6)
     ]  # fmt: skip
     assert folder.is_dir()
     assert np.ptp(found) > 0.01
@@ -520,7 +520,7 @@ def test_run_that_is_killed_in_every_stage_ends_the_same(tmp_path):
     seals = [sorted((tmp_path / name / "stages").glob("*/done.json")) for name in ("whole", "killed")]
     assert [path.parent.name for path in seals[0]] == [path.parent.name for path in seals[1]]
     for one, other in zip(*seals, strict=True):
-        for name in ("embeddings.npz", "candidates.npz", "test.npz", "params/content.json"):
+        for name in ("embeddings.npz", "candidates.npz", "scores.npz", "params/content.json"):
             if (one.parent / name).is_file():
                 assert files.sha256_file(one.parent / name) == files.sha256_file(other.parent / name), other
     assert (tmp_path / "whole" / "results.md").read_text() == (tmp_path / "killed" / "results.md").read_text()
