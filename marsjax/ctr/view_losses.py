@@ -93,36 +93,42 @@ def _mixup(
     Means over the views and over the mixtures, so that the weights do not depend on how many there are. Mixed rows keep
     user and numbers of their own: these have no mixture of a meaning.
     """
-    single_key, row_key, channel_key, partner_key = jax.random.split(key, 4)
+    lambda_key, partner_key = jax.random.split(key)
+    target_BD, (own_BWD, *views), seen = _embedded_views(part, batch, tables)
+    n_rows, depth = target_BD.shape
+    n_views, levels = len(views), objective.levels
+    # One draw for all, since each takes seconds to compile: a share for each view; then, `levels` times each, one a row
+    # and one a channel, with which the released code mixes rows.
+    lambda_BX = mixup.draw_lambda(
+        lambda_key,
+        n_rows,
+        alpha=objective.alpha,
+        axis_name=axis_name,
+        n_channels=n_views + levels + levels * depth,
+    )
+    within, across = lambda_BX[:, :n_views].T, lambda_BX[:, n_views:]
+    by_channel = jnp.moveaxis(across[:, levels:].reshape(n_rows, levels, depth), 1, 0)
     click = functools.partial(_click_losses, part, batch)
-    draw = functools.partial(_draw_lambdas, n_rows=len(batch.target_B), alpha=objective.alpha, axis_name=axis_name)
-    shares = []
+    loss = jnp.zeros(())
     if objective.weight:
-        target_BD, (own_BWD, *views), seen = _embedded_views(part, batch, tables)
-        rates_VB = jnp.asarray(batch.view_rate_BV).T[1:]
         losses = []
-        for view_BWD, rate_B, lambda_B in zip(views, rates_VB, draw(single_key, len(views)), strict=True):
+        for view_BWD, rate_B, lambda_B in zip(views, jnp.asarray(batch.view_rate_BV).T[1:], within, strict=True):
             mixed_BWD = mixup.mix_histories(own_BWD, view_BWD, lambda_B)
             loss_B = click(target_BD, part("pool", target_BD, mixed_BWD, seen[0], train=True), batch.label_B)
             omega_B = mixup.relevance(lambda_B, rate_B, batch.weight_B, axis_name=axis_name)
             losses.append(
                 mixup.weighted_loss(loss_B, omega_B, batch.weight_B, mode=objective.mode, axis_name=axis_name)
             )
-        shares.append(objective.weight * sum(losses) / len(losses))
+        loss += objective.weight * jnp.mean(jnp.stack(losses))
     if objective.cross_weight:
         target_BD, history_BLD = part("embed", batch, tables)
         pooled = part("pool", target_BD, history_BLD, batch, train=True)
         counted = jnp.maximum(total(jnp.sum(batch.weight_B), axis_name), 1.0)
-        losses = []
-        # As in the released code: a share a row, and a share a channel, each `levels` times.
-        by_row, by_channel = (
-            draw(row_key, objective.levels),
-            draw(channel_key, objective.levels, n_channels=target_BD.shape[1]),
-        )
         partners = jax.vmap(lambda one_key: mixup.draw_partners(one_key, batch.weight_B, axis_name=axis_name))(
-            jax.random.split(partner_key, 2 * objective.levels)
+            jax.random.split(partner_key, 2 * levels)
         )
-        for lambda_, partner_B in zip([*by_row, *by_channel], partners, strict=True):
+        losses = []
+        for lambda_, partner_B in zip([*across[:, :levels].T, *by_channel], partners, strict=True):
             mixed = [
                 mixup.mix_rows(
                     pooled_BD, target_BD, batch.label_B, lambda_, partner_B, mode=objective.mode, axis_name=axis_name
@@ -131,8 +137,8 @@ def _mixup(
             ]
             loss_B = click(mixed[0].target_BD, [one.encoded_BD for one in mixed], mixed[0].label_B)
             losses.append(jnp.sum(loss_B * batch.weight_B) / counted)
-        shares.append(objective.cross_weight * sum(losses) / len(losses))
-    return jnp.sum(jnp.stack(shares))
+        loss += objective.cross_weight * jnp.mean(jnp.stack(losses))
+    return loss
 
 
 LOSSES = {"contrastive": _contrastive, "mixup": _mixup}
@@ -143,11 +149,6 @@ def _click_losses(
 ) -> jax.Array:
     logit_B = part("decide", target_BD, interests, batch, train=True)
     return optax.sigmoid_binary_cross_entropy(logit_B, label_B)
-
-
-def _draw_lambdas(key: jax.Array, count: int, **options: Any) -> jax.Array:
-    """`count` draws of all rows, [count, B] or [count, B, D]. At once: each draw apart takes seconds to compile."""
-    return jax.vmap(lambda one_key: mixup.draw_lambda(one_key, **options))(jax.random.split(key, count))
 
 
 def _embedded_views(
