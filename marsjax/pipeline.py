@@ -484,11 +484,13 @@ def train_stage(context: Context, donation: Donation, method: str) -> Trained:
             score_R = score(params, statistics, valid_E)
             label_R = events.label_E[valid_E]
             low_R = rows.group_U[rows.user_E[valid_E]] == LOW
-            return {
+            values = {
                 "valid_auc": metrics.auc(label_R, score_R),
                 "valid_auc_low": metrics.auc(label_R[low_R], score_R[low_R]),
                 "valid_logloss": metrics.logloss(label_R, score_R),
             }
+            # No low-active users, or only clicks among theirs: there is no such AUC to write.
+            return {name: value for name, value in values.items() if math.isfinite(value)}
 
         fitted = loop.fit(
             objective.lifted_step(model, settings, config.training.sharding, treatment.objective),

@@ -423,7 +423,7 @@ def test_contrastive_loss_is_of_what_the_target_draws_from_the_views(offer):
         product = anchors @ anchors[a]
         others = np.delete(product, a)
         losses.append(np.log(np.exp(others).sum()) - product[(a + n) % (2 * n)])
-    share = share_of(model, tables, treatment.objective, None)(variables["params"], {}, batch)
+    share = jax.jit(share_of(model, tables, treatment.objective, None))(variables["params"], {}, batch)
     np.testing.assert_allclose(share.metrics["view_loss"], 0.1 * np.mean(losses), rtol=1e-4)
 
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from marsjax import files, pipeline, retrieval
 from marsjax import stages as stages_module
+from marsjax.augmentation.baselines import BASELINES
 from marsjax.augmentation.methods import METHODS
 from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import _leaves, override
@@ -94,12 +95,12 @@ def test_finished_stages_are_skipped_and_others_are_not(workdir, caplog):
 
 def test_a_stage_whose_file_changed_is_built_again(workdir, caplog):
     (folder,) = (workdir / "stages").glob("base-*")
-    score = np.load(folder / "test.npz")["score"]
-    (folder / "test.npz").write_bytes((folder / "test.npz").read_bytes()[:100])
+    score = np.load(folder / "scores.npz")["test"]
+    (folder / "scores.npz").write_bytes((folder / "scores.npz").read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
         pipeline.run(small_config(), workdir)
-    assert "test.npz does not match its sum" in caplog.text
-    np.testing.assert_array_equal(np.load(folder / "test.npz")["score"], score)
+    assert "scores.npz does not match its sum" in caplog.text
+    np.testing.assert_array_equal(np.load(folder / "scores.npz")["test"], score)
 
 
 def test_donors_are_high_active_borrowers_low_active_and_never_the_same(workdir, tmp_path):
@@ -156,7 +157,7 @@ def test_bundle_gives_the_same_scores_in_a_new_process(workdir, exported, tmp_pa
     found = [json.loads(line)["scores"][0] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     (folder,) = [
         path for path in (workdir / "stages").glob("mars-*")
-        if np.allclose(np.load(path / "test.npz")["score"], found, atol=1e-6)
+        if np.allclose(np.load(path / "scores.npz")["test"], found, atol=1e-6)
     ]  # fmt: skip
     assert folder.is_dir()
     assert np.ptp(found) > 0.01
@@ -404,31 +405,37 @@ def test_labels_of_test_rows_change_no_parameter(workdir, tmp_path):
     assert one == other
 
 
-def test_every_method_lends_as_much_as_mars(workdir):
+def test_methods_that_lend_items_lend_as_much_as_mars(workdir):
     context, space, vectors = borrowing(workdir)
     donation = pipeline.augment_stage(context, space, vectors)
     budget_Q = np.diff(donation.borrowed.start_Q1)
     assert budget_Q.max() > 5
+    lending = {"random_donor", "popular_items", "mars", "mars_time_safe", "mars_without_target", "mars_vote_and_items"}
+    lending |= {f"{name}_budget" for name in BASELINES}
     for method in METHODS:
-        lent = pipeline.choose_augmentation(context, donation, method)
-        if method == "base":
-            assert lent is None
-        else:
+        lent = pipeline.treat(context, donation, method).augmentation
+        assert (lent is not None) == (method in lending), method
+        if lent is not None:
             np.testing.assert_array_equal(np.diff(lent.borrowed.start_Q1), budget_Q, err_msg=method)
             assert lent.time_safe == (method == "mars_time_safe")
             assert lent.drop_target == (method == "mars_without_target")
 
 
+EVERY_METHOD = {"base", "mars", "cmr", "cmr_budget"}
+
+
 @pytest.mark.parametrize(
     ("changes", "built"),
     [
-        ({"data.synthetic.seed": "1"}, {"alignment", "embeddings", "augmentation", "base", "mars"}),
-        ({"split.seed": "1"}, {"alignment", "embeddings", "augmentation", "base", "mars"}),
-        ({"alignment.beta": "0.2"}, {"alignment", "embeddings", "augmentation", "mars"}),
-        ({"retrieval.prefix_stride": "3"}, {"augmentation", "mars"}),
-        ({"augmentation.time_safe": "true"}, {"mars"}),
-        ({"augmentation.drop_target": "true"}, {"mars"}),
-        ({"ctr.epochs": "2"}, {"base", "mars"}),
+        ({"data.synthetic.seed": "1"}, {"alignment", "embeddings", "augmentation", *EVERY_METHOD}),
+        ({"split.seed": "1"}, {"alignment", "embeddings", "augmentation", *EVERY_METHOD}),
+        ({"alignment.beta": "0.2"}, {"alignment", "embeddings", "augmentation", "mars", "cmr_budget"}),
+        ({"retrieval.prefix_stride": "3"}, {"augmentation", "mars", "cmr_budget"}),
+        ({"augmentation.time_safe": "true"}, {"mars", "cmr_budget"}),
+        ({"augmentation.drop_target": "true"}, {"mars", "cmr_budget"}),
+        ({"baselines.mode": "as_released"}, {"cmr", "cmr_budget"}),
+        ({"baselines.view_length": "20"}, {"cmr", "cmr_budget"}),
+        ({"ctr.epochs": "2"}, EVERY_METHOD),
         ({"evaluation.bootstrap": "30"}, set()),
     ],
 )
@@ -457,8 +464,8 @@ def test_what_changes_the_result_of_a_stage_builds_it_anew(changes, built, tmp_p
             pipeline.augment_stage(context, space, None)
         empty = Borrowed(np.zeros(1, np.int64), *(np.zeros(0, np.int32) for _ in range(4)))
         queries = make_queries(context.loaded.rows, prefix_stride=0)
-        donation = pipeline.Donation(queries, None, empty, tmp_path, asked[-1][1])
-        for method in ("base", "mars"):
+        donation = pipeline.Donation(queries, None, empty, None, tmp_path, asked[-1][1])
+        for method in ("base", "mars", "cmr", "cmr_budget"):
             with pytest.raises(Asked):
                 pipeline.train_stage(context, donation, method)
         return dict(asked)
@@ -520,7 +527,7 @@ def test_run_that_is_killed_in_every_stage_ends_the_same(tmp_path):
     seals = [sorted((tmp_path / name / "stages").glob("*/done.json")) for name in ("whole", "killed")]
     assert [path.parent.name for path in seals[0]] == [path.parent.name for path in seals[1]]
     for one, other in zip(*seals, strict=True):
-        for name in ("embeddings.npz", "candidates.npz", "test.npz", "params/content.json"):
+        for name in ("embeddings.npz", "candidates.npz", "scores.npz", "params/content.json"):
             if (one.parent / name).is_file():
                 assert files.sha256_file(one.parent / name) == files.sha256_file(other.parent / name), other
     assert (tmp_path / "whole" / "results.md").read_text() == (tmp_path / "killed" / "results.md").read_text()
@@ -549,6 +556,25 @@ def test_bundle_blanks_what_its_method_blanks(workdir, tmp_path, method):
         np.testing.assert_array_equal(serving.score(bundle, [early])[0], unlent)
         assert serving.score(bundle, [late])[0] != unlent
         assert serving.score(bundle._replace(users=only_target), [late])[0] != unlent
+
+
+def test_bundle_of_a_model_with_a_mask_scores_as_the_run(workdir, tmp_path):
+    """Its tables have a row more than the catalogue. Nothing is borrowed, so requests need no more than users."""
+    config = small_config(**{"export.method": "cmr"})
+    pipeline.export(config, workdir, output=tmp_path / "bundle")
+    bundle = serving.load_bundle(tmp_path / "bundle")
+    assert bundle.manifest["counts"]["n_items"] == len(bundle.items.raw_id_N) + 1
+    loaded = pipeline.load(config)
+    log, rows = loaded.dataset.log, loaded.rows
+    test_E = np.flatnonzero(rows.split_E == TEST)[:20]
+    requests = []
+    for event in test_E:
+        own = rows.histories.item_H[rows.histories.start_E[event] : rows.histories.end_E[event]]
+        user, item = str(log.raw_user_U[rows.user_E[event]]), str(bundle.items.raw_id_N[log.item_E[event]])
+        requests.append(serving.Request(user, (item,), tuple(bundle.items.raw_id_N[own])))
+    (folder,) = (workdir / "stages").glob("cmr-*")
+    found = np.concatenate(serving.score(bundle, requests))
+    np.testing.assert_allclose(found, np.load(folder / "scores.npz")["test"][:20], atol=1e-6)
 
 
 def test_sparse_users_are_not_exported(workdir, tmp_path):
@@ -601,6 +627,8 @@ def test_values_that_mean_nothing_are_refused_by_name(key, value, tmp_path):
         ({"evaluation.methods": ""}, "config.evaluation.methods expects one of .*base.*, got none"),
         ({"evaluation.methods": "base,random_doner"}, "got 'random_doner'; did you mean random_donor"),
         ({"export.method": "magic"}, "config.export.method expects one of"),
+        ({"baselines.mode": "published"}, "config.baselines.mode expects one of .*as_released.*got 'published'"),
+        ({"baselines.view_length": "0"}, "config.baselines.view_length expects 1 or more, got 0"),
         ({"ctr.evaluations_per_epoch": "0"}, "config.ctr.evaluations_per_epoch expects 1 or more, got 0"),
         ({"ctr.batch_size": "0"}, "config.ctr.batch_size expects 1 or more, got 0"),
         ({"retrieval.prefix_stride": "-1"}, "config.retrieval.prefix_stride expects 0 or more, got -1"),
