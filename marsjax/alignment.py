@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from marsjax import stein
+from marsjax import alignment_losses, stein
 from marsjax.records import AlignmentBatch, Array, Items
 from marsjax.training.optimizer import AdamW, adamw
 from marsjax.training.sharding import Lifted, lift
@@ -53,6 +53,26 @@ def feature_tables(items: Items, modalities: tuple[str, ...]) -> FeatureTables:
     return FeatureTables(features, present)
 
 
+def matched_kernel(query_ND: Array, key_ND: Array, both_N: Array) -> jax.Array:
+    """-L_align of Eq. 6."""
+    return -stein.alignment(query_ND, key_ND, both_N)[0]
+
+
+# What draws an item's modalities together: `(query_ND, key_ND, both_N) -> scalar`, lower is better.
+OBJECTIVES: dict[str, Callable[[Array, Array, Array], jax.Array]] = {
+    "stein": matched_kernel,
+    "info_nce": alignment_losses.info_nce,
+    "cosine": alignment_losses.cosine,
+    "mmd": alignment_losses.mmd,
+}
+# How the score of Eq. 7 is estimated: `(x_ND, mask_N, eta) -> score_ND`.
+ESTIMATORS: dict[str, Callable[[Array, Array, float], jax.Array]] = {
+    "stein": lambda x_ND, mask_N, eta: stein.stein_score(x_ND, mask_N, eta=eta),
+    "ssge": lambda x_ND, mask_N, _: stein.ssge_score(x_ND, mask_N),
+}
+ENTROPY_SIGNS = {"dispersive": 1.0, "printed": -1.0}
+
+
 class AlignmentLoss(NamedTuple):
     """The weights of the joint loss, Eqs. 8 and 14."""
 
@@ -60,7 +80,8 @@ class AlignmentLoss(NamedTuple):
     lambda_: float  # weight of the entropy in Eq. 8
     entropy_sign: float  # +1 spreads the space (mars), -1 contracts it (Eqs. 7-8 as printed)
     eta: float  # ridge of the score estimator
-    estimator: str  # "stein" or "ssge"
+    estimator: str  # a key of ESTIMATORS
+    objective: str = "stein"  # a key of OBJECTIVES, for -L_align in Eq. 8
 
 
 class MultimodalEncoder(nn.Module):
@@ -80,6 +101,9 @@ class MultimodalEncoder(nn.Module):
             the dispersive sign inflates the space without end.
         residual: add the fused vector to the result of Eq. 11 and normalise. Without it the item vector is a mix of
             projected ids alone: text and image only set the weights, and an item without a trained id has no content.
+        keep_values: start the values of Eq. 9 at the projected text itself (W_V = identity). The objective aligns the
+            results of Eq. 3; a random W_V after it tears text and image apart again before they are added (Eq. 10) and
+            averaged to user vectors (Eq. 13).
     """
 
     n_items: int
@@ -89,6 +113,7 @@ class MultimodalEncoder(nn.Module):
     hidden: int = 128
     normalise: bool = True
     residual: bool = True
+    keep_values: bool = False
 
     def setup(self) -> None:
         if len(self.modalities) > 2:
@@ -96,7 +121,7 @@ class MultimodalEncoder(nn.Module):
         self.item = self.param("item", nn.initializers.normal(stddev=0.05), (self.n_items, self.id_width))
         self.project = {name: nn.Dense(self.width, use_bias=False, name=f"project_{name}") for name in self.modalities}
         self.self_attention = Attention(self.id_width)  # Eq. 4
-        self.modal_attention = Attention(self.width)  # Eq. 9
+        self.modal_attention = Attention(self.width, self.keep_values)  # Eq. 9
         self.id_attention = Attention(self.width)  # Eq. 11
         self.fuse_norm = nn.LayerNorm()
         if not self.modalities:
@@ -167,14 +192,20 @@ def apply(encoder: MultimodalEncoder, params: PyTree, *arguments: Any, method: s
 
 
 class Attention(nn.Module):
-    """One head of scaled dot-product attention with a key mask. A row without a valid key gets zeros."""
+    """One head of scaled dot-product attention with a key mask. A row without a valid key gets zeros.
+
+    Attributes:
+        keep_values: initialise W_V at the identity, so that values are the keys' own vectors at the start.
+    """
 
     width: int
+    keep_values: bool = False
 
     def setup(self) -> None:
         self.to_query = nn.Dense(self.width, use_bias=False)
         self.to_key = nn.Dense(self.width, use_bias=False)
-        self.to_value = nn.Dense(self.width, use_bias=False)
+        init = _identity if self.keep_values else nn.linear.default_kernel_init
+        self.to_value = nn.Dense(self.width, use_bias=False, kernel_init=init)
 
     def value(self, key_BLD: jax.Array) -> jax.Array:
         return self.to_value(key_BLD)
@@ -188,21 +219,27 @@ class Attention(nn.Module):
         return jnp.einsum("btl,bld->btd", weight_BTL, self.to_value(key_BLD))
 
 
+def _identity(_: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.eye(*shape, dtype=dtype)
+
+
 def make_loss(
     encoder: MultimodalEncoder, weights: AlignmentLoss, *, axis_name: str | None
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """`(params, batch, tables) -> (share of the loss, shares of the metrics)`, Eq. 14.
 
-    The click loss is a mean over rows, so each device adds its rows over the global count. The Stein loss is a
-    statement about the whole batch: embeddings are gathered from all devices and each device answers for 1/n of it.
+    The click loss is a mean over rows, so each device adds its rows over the global count. L_stein, with whatever
+    objective, is a statement about the whole batch: embeddings are gathered from all devices and each device answers
+    for 1/n of it.
     """
-    scores = {
-        "stein": lambda x_ND, mask_N: stein.stein_score(x_ND, mask_N, eta=weights.eta),
-        "ssge": stein.ssge_score,
-    }
-    if weights.estimator not in scores:
-        raise ValueError(f"alignment.estimator: expected one of {sorted(scores)}, found {weights.estimator!r}")
-    score = scores[weights.estimator]
+    for name, choices in (("estimator", ESTIMATORS), ("objective", OBJECTIVES)):
+        if getattr(weights, name) not in choices:
+            found = getattr(weights, name)
+            raise ValueError(f"alignment.{name}: expected one of {sorted(choices)}, found {found!r}")
+    estimate, objective = ESTIMATORS[weights.estimator], OBJECTIVES[weights.objective]
+
+    def score(x_ND: jax.Array, mask_N: jax.Array) -> jax.Array:
+        return estimate(x_ND, mask_N, weights.eta)
 
     def gather(x: jax.Array) -> jax.Array:
         return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
@@ -219,13 +256,14 @@ def make_loss(
         for name in encoder.modalities:
             emb_ND, present_N = apply(encoder, params, name, batch.stein_item_N, tables, method="modality")
             vectors[name] = gather(emb_ND), gather(present_N & (batch.stein_item_N > 0))
-        entropy, align, gamma = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
+        entropy, apart, align, gamma = jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
         for emb_ND, present_N in vectors.values():
             entropy += stein.entropy_surrogate(emb_ND, present_N, score=score) / len(vectors)
         if len(vectors) == 2:
             (key_ND, key_N), (query_ND, query_N) = vectors.values()
             align, gamma = stein.alignment(query_ND, key_ND, key_N & query_N)
-        stein_loss = (-align + weights.lambda_ * weights.entropy_sign * entropy) / n_devices
+            apart = objective(query_ND, key_ND, key_N & query_N)
+        stein_loss = (apart + weights.lambda_ * weights.entropy_sign * entropy) / n_devices
         metrics = {"click_loss": click, "l_align": align / n_devices, "gamma": gamma / n_devices}
         return click + weights.beta * stein_loss, metrics
 
@@ -271,7 +309,7 @@ def diagnostics(
         eigen_D = jnp.maximum(jnp.linalg.eigvalsh(centred_ND.T @ centred_ND / count), 0.0)
         share_D = eigen_D / jnp.maximum(jnp.sum(eigen_D), 1e-12)
         out[f"effective_rank_{name}"] = jnp.exp(-jnp.sum(share_D * jnp.log(share_D + 1e-12)))
-        unit_ND = _unit(emb_ND)
+        unit_ND = alignment_losses.unit(emb_ND)
         pair_NN = present_N[:, None] & present_N[None, :] & ~jnp.eye(len(item_N), dtype=bool)
         potential_NN = jnp.exp(-2.0 * stein.squared_distances(unit_ND, unit_ND)) * pair_NN
         out[f"uniformity_{name}"] = jnp.log(jnp.sum(potential_NN) / jnp.maximum(jnp.sum(pair_NN), 1.0) + 1e-12)
@@ -280,13 +318,10 @@ def diagnostics(
         both_N = key_N & query_N
         out["l_align"], out["gamma"] = stein.alignment(query_ND, key_ND, both_N)
         count = jnp.maximum(jnp.sum(both_N), 1.0)
-        gap_D = jnp.sum((_unit(key_ND) - _unit(query_ND)) * both_N[:, None], axis=0) / count
+        difference_ND = alignment_losses.unit(key_ND) - alignment_losses.unit(query_ND)
+        gap_D = jnp.sum(difference_ND * both_N[:, None], axis=0) / count
         out["modality_gap"] = jnp.sqrt(jnp.sum(gap_D**2))
         distance_NN = jnp.where(both_N[None, :], stein.squared_distances(query_ND, key_ND), jnp.inf)
         hit_N = jnp.argmin(distance_NN, axis=1) == jnp.arange(len(item_N))
         out["matched_recall"] = jnp.sum(hit_N & both_N) / count
     return out
-
-
-def _unit(x_ND: jax.Array) -> jax.Array:
-    return x_ND * lax.rsqrt(jnp.sum(x_ND * x_ND, axis=1, keepdims=True) + 1e-12)

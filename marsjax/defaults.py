@@ -60,10 +60,12 @@ def default_config(preset: str = "mars") -> ConfigDict:
     alignment.lambda_ = (
         0.003  # Eq. 8; the surrogate grows with the width: 0.1 at 8 (where it was studied) is 0.003 at 256
     )
+    alignment.objective = "stein"  # draws text and image of an item together, Eq. 8: stein, info_nce, cosine, mmd
     alignment.eta = 0.1  # ridge of the score estimator: the best compromise over D = 2..256
     alignment.estimator = "stein"  # stein, ssge
     alignment.normalise = True  # unnormalised vectors have unbounded entropy
     alignment.residual = True  # Eq. 11 has no residual: text and image would only weigh ids
+    alignment.keep_values = False  # start W_V of Eq. 9 at the identity: a random one tears apart what Eq. 5 aligned
     alignment.entropy_sign = "dispersive"  # dispersive spreads the space; printed contracts it (Eqs. 7-8)
     alignment.epochs = 1.0  # over all training events
     alignment.blocks = 64  # histories a batch

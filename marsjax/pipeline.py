@@ -238,8 +238,9 @@ def check(config: ConfigDict) -> None:
             "data.source": SOURCES,
             "split.kind": ("leave_one_out", "last_fraction", "global_time"),
             "split.history": ("all", "positives"),
-            "alignment.entropy_sign": ENTROPY_SIGNS,
-            "alignment.estimator": ("stein", "ssge"),
+            "alignment.objective": alignment.OBJECTIVES,
+            "alignment.entropy_sign": alignment.ENTROPY_SIGNS,
+            "alignment.estimator": alignment.ESTIMATORS,
             "retrieval.backend": ("usearch", "exact"),
             "augmentation.strategy": mars.STRATEGIES,
             "augmentation.vectors": ("contextual", "static"),
@@ -330,10 +331,11 @@ def align_stage(context: Context) -> Space:
         hidden=cfg.hidden,
         normalise=cfg.normalise,
         residual=cfg.residual,
+        keep_values=cfg.keep_values,
     )
     settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
-    sign = ENTROPY_SIGNS[cfg.entropy_sign]
-    weights = alignment.AlignmentLoss(cfg.beta, cfg.lambda_, sign, cfg.eta, cfg.estimator)
+    sign = alignment.ENTROPY_SIGNS[cfg.entropy_sign]
+    weights = alignment.AlignmentLoss(cfg.beta, cfg.lambda_, sign, cfg.eta, cfg.estimator, cfg.objective)
     make_source = functools.partial(
         batches.alignment_source,
         loaded.dataset.log,
@@ -604,7 +606,6 @@ def _tabular(data: ConfigDict) -> Dataset:
 
 
 SOURCES = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}
-ENTROPY_SIGNS = {"dispersive": 1.0, "printed": -1.0}
 
 
 def centre_of(config: ConfigDict, donor_PD: np.ndarray) -> np.ndarray:

@@ -241,7 +241,7 @@ def test_rows_are_mixed_with_their_partners(per_channel, mode):
         np.testing.assert_allclose(found.label_B[b], expected, rtol=1e-6)
 
 
-def test_padding_is_never_mixed_in_and_stays_as_it_is():
+def test_padding_is_never_mixed_in():
     data = rows()
     padded_B = data["weight_B"] == 0
     partner_B = mixup.draw_partners(KEY, data["weight_B"], axis_name=None)

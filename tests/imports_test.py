@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "features": set(),
     "training": {"progress"},
-    "alignment": {"training.optimizer", "training.sharding", "training.step"},
+    "alignment_losses": set(),
+    "alignment": {"alignment_losses", "training.optimizer", "training.sharding", "training.step"},
     "embeddings": {"alignment", "data.histories", "progress"},  # embeds with the encoder of the alignment
     "retrieval": set(),
     "augmentation": {"data.histories"},

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from marsjax import files, pipeline, retrieval
+from marsjax import alignment, files, pipeline, retrieval
 from marsjax import stages as stages_module
 from marsjax.augmentation.baselines import BASELINES
 from marsjax.augmentation.methods import METHODS
@@ -485,7 +485,7 @@ def test_presets_differ_in_exactly_these_values():
         "retrieval.centre": (True, False),
         "retrieval.prefix_stride": (4, 0),
     }
-    assert pipeline.ENTROPY_SIGNS == {"dispersive": 1.0, "printed": -1.0}
+    assert alignment.ENTROPY_SIGNS == {"dispersive": 1.0, "printed": -1.0}
 
 
 KILLED = """
@@ -602,6 +602,7 @@ def test_bundles_never_change(exported, workdir):
         ("split.kind", "random"),
         ("alignment.entropy_sign", "minus"),
         ("alignment.estimator", "kde"),
+        ("alignment.objective", "triplet"),
         ("alignment.modalities", "text,audio"),
         ("retrieval.backend", "faiss"),
         ("augmentation.strategy", "nearest"),
@@ -657,7 +658,7 @@ def test_theta_can_be_a_value_from_the_command_line(workdir, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"augmentation.strategy": "kth_similar"},
+        {"augmentation.strategy": "kth_similar", "alignment.objective": "info_nce", "alignment.keep_values": "true"},
         {"augmentation.strategy": "dp", "augmentation.vectors": "static"},
         {"augmentation.strategy": "most_similar", "augmentation.time_safe": "true"},
         {"retrieval.backend": "exact", "augmentation.drop_target": "true"},
@@ -672,6 +673,20 @@ def test_theta_can_be_a_value_from_the_command_line(workdir, tmp_path):
 def test_options_run(changes, tmp_path):
     pipeline.run(small_config(**({"evaluation.methods": "base,mars"} | changes)), tmp_path)
     assert (tmp_path / "results.json").is_file()
+
+
+def test_options_of_the_alignment_reach_encoder_and_loss(tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def ask(encoder, weights, *_):
+        raise Asked(encoder.keep_values, weights.objective)
+
+    monkeypatch.setattr(alignment, "lifted_step", ask)
+    config = small_config(**{"alignment.objective": "mmd", "alignment.keep_values": "true"})
+    with pytest.raises(Asked) as asked:
+        pipeline.align_stage(pipeline.Context(config, pipeline.load(config), Stages(tmp_path), 0))
+    assert asked.value.args == (True, "mmd")
 
 
 def test_paper_preset_runs(tmp_path):

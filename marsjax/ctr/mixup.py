@@ -124,11 +124,7 @@ def mix_rows(
     label_share_B = jnp.mean(share_BD, axis=1)
 
     def mix(own: jax.Array, share: jax.Array) -> jax.Array:
-        partner = _gather(own, axis_name)[partner_B]
-        own_number_B = _first_row(len(own), axis_name) + jnp.arange(len(own))
-        # A row that is its own partner stays as it is to the last bit, and a padded row whatever it holds.
-        alone = (partner_B == own_number_B).reshape((-1,) + (1,) * (own.ndim - 1))
-        return jnp.where(alone, own, share * own + (1.0 - share) * partner)
+        return share * own + (1.0 - share) * _gather(own, axis_name)[partner_B]
 
     label_B = mix(label_B, label_share_B) if mode == "paper" else label_B
     return Mixed(mix(encoded_BD, share_BD), mix(target_BD, share_BD), label_B)
