@@ -102,6 +102,10 @@ def default_config(preset: str = "mars") -> ConfigDict:
     config.short = short = ConfigDict()  # of the method short_histories, and of those that build on it
     short.share = 0.5  # training rows of other users that are shown with a history as short as a low-active user's
 
+    config.baselines = baselines = ConfigDict()  # the methods of other papers, augmentation/baselines.py
+    baselines.mode = "paper"  # paper, as_released (with the faults of the released code)
+    baselines.view_length = 50  # the last own entries that views are made of: the longest history of the sources
+
     config.ctr = ctr = ConfigDict()
     ctr.backbone = "din"  # din, dnn
     ctr.inputs = "ids"  # ids (and categories; the paper), or strong: also content, marks of liked items, prior rates

@@ -10,21 +10,22 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from marsjax import alignment, embeddings, files, retrieval, study
-from marsjax.augmentation import mars, table, votes
+from marsjax.augmentation import baselines, mars, table, votes
 from marsjax.augmentation.donors import find_donors
 from marsjax.augmentation.methods import METHODS, Offer, Treatment
+from marsjax.augmentation.operators import Mode
 from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import check_choices, fingerprint, override, to_json
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
-from marsjax.ctr.items import content_table
+from marsjax.ctr.items import content_table, padded_tables
 from marsjax.data import batches, inspection
 from marsjax.data.movielens import load_movielens
 from marsjax.data.priors import prior_numbers
@@ -247,7 +248,7 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             "time_safe": augmentation is not None and augmentation.time_safe,
             "drop_target": augmentation is not None and augmentation.drop_target,
         },
-        counts=counts(context.loaded),
+        counts=counts(context.loaded, config.export.method),
         users=serving.latest_users(dataset.log, rows, augmentation, vectors.user_UD),
         items=serving.Items(
             raw_id_N=dataset.items.raw_id_N,
@@ -302,6 +303,7 @@ def check(config: ConfigDict) -> None:
             "retrieval.backend": ("usearch", "exact"),
             "augmentation.strategy": mars.STRATEGIES,
             "augmentation.vectors": ("contextual", "static"),
+            "baselines.mode": get_args(Mode),
             "ctr.backbone": BACKBONES,
             "ctr.inputs": INPUTS,
             "ctr.activation": ("prelu", "dice"),
@@ -311,8 +313,8 @@ def check(config: ConfigDict) -> None:
         },
         at_least_one=(
             "alignment.blocks", "alignment.targets", "alignment.history", "alignment.stein_items", "retrieval.donors",
-            "retrieval.history", "ctr.cap", "ctr.batch_size", "ctr.epochs", "ctr.evaluations_per_epoch", "ctr.patience",
-            "training.log_steps", "evaluation.bootstrap",
+            "retrieval.history", "baselines.view_length", "ctr.cap", "ctr.batch_size", "ctr.epochs",
+            "ctr.evaluations_per_epoch", "ctr.patience", "training.log_steps", "evaluation.bootstrap",
         ),
     )  # fmt: skip
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
@@ -518,14 +520,11 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
     """Trains the CTR model on histories augmented by `method` and scores the test rows; the base needs no donation."""
     config, loaded, stages, seed = context
     cfg, events, rows = config.ctr, loaded.dataset.log, loaded.rows
-    model = make_backbone(to_json(cfg), **counts(loaded))
+    sizes = counts(loaded, method)
+    model = make_backbone(to_json(cfg), **sizes)
     settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
-    tables, inputs = loaded.tables, loaded.inputs
-    lends = "base" if donation is None or method == "base" else [
-        method, donation.fingerprint, to_json(config.votes), to_json(config.short), config.augmentation.time_safe,
-        config.augmentation.drop_target,
-    ]  # fmt: skip
-    key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, lends)
+    tables, inputs = padded_tables(loaded.tables, sizes["n_items"]), loaded.inputs
+    key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, read_by(config, donation, method))
     test_E = np.flatnonzero(rows.split_E == TEST)
     dense = METHODS[method].numbers + (0 if inputs.dense_EJ is None else inputs.dense_EJ.shape[1])
     template = objective.init_model(model, tables, seed=seed, dense=dense)
@@ -541,7 +540,9 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
             "augmentation": treatment.augmentation,
             "inputs": treated_inputs(context, treatment),
         }
-        source, per_epoch = batches.ctr_source(events, shown, train_E, epochs=cfg.epochs, seed=seed, **gather)
+        source, per_epoch = batches.ctr_source(
+            events, shown, train_E, epochs=cfg.epochs, seed=seed, viewing=treatment.viewing, **gather
+        )
 
         def score(params: PyTree, statistics: PyTree, row_R: np.ndarray) -> np.ndarray:
             evaluation = batches.evaluation_batches(events, shown, row_R, **gather)
@@ -553,14 +554,16 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
             score_R = score(params, statistics, valid_E)
             label_R = events.label_E[valid_E]
             low_R = rows.group_U[rows.user_E[valid_E]] == LOW
-            return {
+            values = {
                 "valid_auc": metrics.auc(label_R, score_R),
                 "valid_auc_low": metrics.auc(label_R[low_R], score_R[low_R]),
                 "valid_logloss": metrics.logloss(label_R, score_R),
             }
+            # No low-active users, or only clicks among theirs: there is no such AUC to write.
+            return {name: value for name, value in values.items() if math.isfinite(value)}
 
         fitted = loop.fit(
-            objective.lifted_step(model, settings, config.training.sharding),
+            objective.lifted_step(model, settings, config.training.sharding, treatment.objective),
             init_state(template["params"], template["statistics"], adamw(settings), seed=seed),
             batches.iterate(source),
             tables,
@@ -819,6 +822,7 @@ def treat(context: Context, donation: Donation, method: str) -> Treatment:
         ),
         low_only=config.votes.low_only,
         cut_share=config.short.share,
+        baselines=baselines.Settings(config.baselines.mode, config.baselines.view_length),
         seed=seed,
     )
     treatment = METHODS[method].treat(offer)
@@ -839,11 +843,24 @@ def treated_inputs(context: Context, treatment: Treatment) -> Inputs:
     return inputs._replace(dense_EJ=np.concatenate(parts, axis=1) if parts else None, hidden_E=treatment.hidden_E)
 
 
-def counts(loaded: Loaded) -> dict[str, int]:
-    """Sizes of the embedding tables."""
+def read_by(config: ConfigDict, donation: Donation | None, method: str) -> Any:
+    """What a method reads beside data, model and seed, for the fingerprint of its stage."""
+    if donation is None or method == "base":
+        return "base"
+    own = [to_json(config.baselines)] if METHODS[method].baseline else []
+    if not METHODS[method].borrows:
+        return [method, *own]
+    return [
+        method, donation.fingerprint, to_json(config.votes), to_json(config.short), config.augmentation.time_safe,
+        config.augmentation.drop_target, *own,
+    ]  # fmt: skip
+
+
+def counts(loaded: Loaded, method: str) -> dict[str, int]:
+    """Sizes of the embedding tables of the model of a method."""
     items = loaded.dataset.items
     return {
-        "n_items": len(items.raw_id_N),
+        "n_items": len(items.raw_id_N) + METHODS[method].mask_token,
         "n_categories": len(items.category_names),
         "n_users": len(loaded.dataset.log.raw_user_U),
         "n_features": 0 if loaded.tables.feature_NF is None else loaded.tables.feature_NF.shape[1],

@@ -5,7 +5,7 @@ Axis letters, used as suffixes of local arrays (``history_BL``) and in the comme
     B batch rows      L history positions   K neighbours   N items, row 0 is padding   U users
     D embedding width M modalities          F raw features E events                    G categories of an item
     P possible donors
-    J numbers of a row beside its ids        V views of a history
+    J numbers of a row beside its ids        V views of a history             W positions of a view
     Q retrieval queries                     S slots of borrowed items                  C candidates
 
 Items are numbered 1..N-1 and 0 is padding everywhere. Users are numbered 0..U-1 and -1 is "no user".
@@ -14,7 +14,7 @@ All records hold NumPy arrays on the host unless their docstring says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,6 +158,37 @@ class Inputs(NamedTuple):
     hidden_E: np.ndarray | None = None  # [E] bool, events whose user id the model does not see
 
 
+class Viewed(NamedTuple):
+    """One view of each of some histories: what an augmentation made of it."""
+
+    history_BL: np.ndarray  # [B, L] int32, entries 0..length-1, then zeros
+    length_B: np.ndarray  # [B] int64
+    column_BL: np.ndarray  # [B, L] int64, the entry of the history that stands here; -1: none of them, or no entry
+    rate_B: np.ndarray | None = None  # [B] float64, the share of the history to change, where it was drawn
+
+
+class Viewing(NamedTuple):
+    """How views of the own histories of training rows are made, and what for."""
+
+    # (history_BL, length_B, rng) -> the views; each as wide as what it is given.
+    make: Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[Viewed, ...]]
+    length: int  # L; a view is made of the last L own entries, and is of at most L
+    replaces: bool  # the one view stands in the place of what it was made of; else views are for a loss beside it
+    row_E: np.ndarray | None = None  # [E] bool, events whose views are used; None: all
+
+
+class Objective(NamedTuple):
+    """A loss on views, beside the click loss. Hashable: a step that was compiled for it is found again."""
+
+    kind: str  # "contrastive": of two views; "mixup": of the history and of views that are mixed with it, and of rows
+    weight: float  # of the contrastive loss; of the mixture of a history with its view
+    temperature: float = 1.0  # contrastive
+    cross_weight: float = 0.0  # mixup: of the mixture of rows
+    alpha: float = 1.0  # mixup: shares are drawn from Beta(alpha, alpha)
+    levels: int = 1  # mixup: how often rows are mixed, each time by one share a row and by one a channel
+    mode: str = "paper"  # mixup: or "as_released"
+
+
 class Predictions(NamedTuple):
     """Scores of one method and seed on evaluation rows."""
 
@@ -180,6 +211,11 @@ class CtrBatch(NamedTuple):
     borrowed_BL: Array  # [B, L] bool, True where the entry was borrowed
     feedback_BL: Array | None = None  # [B, L] int8: 2 liked, 1 not liked, 0 not known or padding
     dense_BJ: Array | None = None  # [B, J] float32
+    # Views of the last own entries of the history, W of them at most, for a loss beside the click loss. Training only.
+    view_BVW: Array | None = None  # [B, V, W] int32; the highest id, beyond the catalogue, is a mask
+    view_feedback_BVW: Array | None = None  # [B, V, W] int8 as above
+    view_rate_BV: Array | None = None  # [B, V] float32, the share of the history to change; 0 where none was drawn
+    view_weight_B: Array | None = None  # [B] float32, 1 where the row has views that count
 
 
 class AlignmentBatch(NamedTuple):

@@ -86,7 +86,7 @@ def test_the_budget_is_met_exactly(case, name, mode):
     np.testing.assert_array_equal(np.diff(borrowed.start_Q1), expected_Q)
     assert borrowed.start_Q1[0] == 0
     assert {len(field) for field in borrowed[1:]} == {borrowed.start_Q1[-1]}
-    assert [field.dtype for field in borrowed] == [np.int64, np.int32, np.int64, np.int32, np.float32]
+    assert [field.dtype for field in borrowed] == [np.int64, np.int32, np.int64, np.int32, np.float32, np.int8]
     assert not borrowed.similarity_S.any()
 
 
@@ -299,7 +299,7 @@ def test_views_of_training_rows_are_left_aligned(name, mode):
     length_B = np.concatenate([[0, 1, 2, 20], np.random.default_rng(0).integers(0, 21, 300)])
     module = BASELINES[name]
     view = module.view(module.Settings(), n_items=N_ITEMS, similar_NK=similar(), mode=mode)
-    history_BL, viewed_B, *rates = view(rows(length_B, 20), length_B, np.random.default_rng(1))
+    history_BL, viewed_B, column_BL, rate_B = view(rows(length_B, 20), length_B, np.random.default_rng(1))
     assert history_BL.shape == (304, 20)
     assert history_BL.dtype == np.int32
     np.testing.assert_array_equal(history_BL > 0, np.arange(20) < viewed_B[:, None])
@@ -307,8 +307,16 @@ def test_views_of_training_rows_are_left_aligned(name, mode):
     assert history_BL.max() <= N_ITEMS
     assert (history_BL == N_ITEMS).any() == (name == "cmr" or (name == "cmrsi" and mode == "paper"))
     again = view(rows(length_B, 20), length_B, np.random.default_rng(1))
-    np.testing.assert_array_equal(history_BL, again[0])
-    assert len(rates) == (name == "basrec")
+    np.testing.assert_array_equal(history_BL, again.history_BL)
+    assert (rate_B is not None) == (name == "basrec")
+    # Item c + 1 stands at place c of the histories, so an entry that is an own one tells its place.
+    own_BL = column_BL >= 0
+    np.testing.assert_array_equal(history_BL[own_BL], column_BL[own_BL] + 1)
+    assert not own_BL[history_BL == 0].any()
+    if name in OWN_ONLY:
+        np.testing.assert_array_equal(own_BL, (history_BL > 0) & (history_BL < N_ITEMS))
+    else:
+        assert (~own_BL & (history_BL > 0) & (history_BL < N_ITEMS)).any()
 
 
 @pytest.mark.parametrize("name", ["ran", "ran_s"])
@@ -316,7 +324,7 @@ def test_ran_and_ran_s_put_ten_items_before_the_history(name):
     length_B = np.full(3000, 4)
     module = BASELINES[name]
     view = module.view(module.Settings(), n_items=31)
-    history_BL, viewed_B = view(rows(length_B, 20), length_B, np.random.default_rng(0))
+    history_BL, viewed_B, *_ = view(rows(length_B, 20), length_B, np.random.default_rng(0))
     assert set(viewed_B) == {14}
     np.testing.assert_array_equal(history_BL[:, 10:14], rows(length_B, 4))
     drawn = np.bincount(history_BL[:, :10].ravel(), minlength=31)
@@ -324,7 +332,7 @@ def test_ran_and_ran_s_put_ten_items_before_the_history(name):
     expected *= 30_000 / expected.sum()
     assert np.abs(drawn - expected).max() < 5 * np.sqrt(expected.max())
     assert (drawn[expected == 0] == 0).all()
-    history_BL, viewed_B = view(rows(length_B, 6), length_B, np.random.default_rng(0))
+    history_BL, viewed_B, *_ = view(rows(length_B, 6), length_B, np.random.default_rng(0))
     assert set(viewed_B) == {6}
     np.testing.assert_array_equal(history_BL[:, 2:], rows(length_B, 4))
 
@@ -334,7 +342,7 @@ def test_reppad_adds_one_to_all_the_copies_that_fit(n, width, length):
     own, most = list(range(1, n + 1)), (length or width) // n
     view = reppad.view(reppad.Settings(length=length), n_items=N_ITEMS)
     length_B = np.full(5000, n)
-    history_BL, viewed_B = view(rows(length_B, width), length_B, np.random.default_rng(0))
+    history_BL, viewed_B, *_ = view(rows(length_B, width), length_B, np.random.default_rng(0))
     found = collections.Counter(tuple(row[:m].tolist()) for row, m in zip(history_BL, viewed_B, strict=True))
     expected = collections.Counter(tuple((own * (k + 1))[-(length or width) :]) for k in range(1, most + 1))
     assert set(found) == set(expected)
@@ -345,7 +353,7 @@ def test_reppad_adds_one_to_all_the_copies_that_fit(n, width, length):
 @pytest.mark.parametrize("length", [None, 6])
 def test_reppad_leaves_a_full_history(length):
     view = reppad.view(reppad.Settings(length=length), n_items=N_ITEMS)
-    history_BL, viewed_B = view(rows([8, 0], 8), np.array([8, 0]), np.random.default_rng(0))
+    history_BL, viewed_B, *_ = view(rows([8, 0], 8), np.array([8, 0]), np.random.default_rng(0))
     np.testing.assert_array_equal(history_BL, rows([8, 0], 8))
     assert viewed_B.tolist() == [8, 0]
 
@@ -371,7 +379,7 @@ def test_cmr_draws_one_of_three_and_leaves_one_entry_alone(mode):
     view = cmr.view(cmr.Settings(), n_items=N_ITEMS, mode=mode)
     length_B = np.full(6000, 10)
     found = collections.Counter(
-        kinds(*view(rows(length_B, 20), length_B, np.random.default_rng(0)), rows(length_B, 20), length_B)
+        kinds(*view(rows(length_B, 20), length_B, np.random.default_rng(0))[:2], rows(length_B, 20), length_B)
     )
     assert set(found) == {"crop", "mask", "reorder"}
     assert max(abs(count - 2000) for count in found.values()) < 5 * np.sqrt(2000)
@@ -384,7 +392,7 @@ def test_cmrsi_draws_one_of_five():
     length_B = np.full(6000, 8)
     before_BL = rows(length_B, 20) + np.where(rows(length_B, 20) > 0, 10, 0)  # items 11..18, all with similar ones
     found = collections.Counter(
-        kinds(*view(before_BL, length_B, np.random.default_rng(0)), before_BL, length_B),
+        kinds(*view(before_BL, length_B, np.random.default_rng(0))[:2], before_BL, length_B),
     )
     assert set(found) == {"crop", "mask", "reorder", "substitute", "insert"}
     assert max(abs(count - 1200) for count in found.values()) < 5 * np.sqrt(1200)
@@ -396,7 +404,7 @@ def test_masks_of_coserec_are_tokens_in_the_paper_and_left_out_as_released():
     length_B = np.full(400, 10)
     for mode, tokens, entries in (("paper", 7, 10), ("as_released", 0, 3)):
         views = coserec.views(settings, n_items=N_ITEMS, similar_NK=similar(), mode=mode)
-        for history_BL, viewed_B in views(rows(length_B, 12), length_B, np.random.default_rng(0)):
+        for history_BL, viewed_B, *_ in views(rows(length_B, 12), length_B, np.random.default_rng(0)):
             assert set((history_BL == N_ITEMS).sum(axis=1)) == {tokens}
             assert set(viewed_B) == {entries}
 
@@ -406,7 +414,7 @@ def test_reorder_of_short_histories_has_the_rate_of_the_mask_as_released():
     length_B = np.full(3000, 10)
     for mode, block in (("paper", 2), ("as_released", 7)):
         views = coserec.views(settings, n_items=N_ITEMS, similar_NK=similar(), mode=mode)
-        for history_BL, _ in views(rows(length_B, 10), length_B, np.random.default_rng(0)):
+        for history_BL, *_ in views(rows(length_B, 10), length_B, np.random.default_rng(0)):
             moved_B = (history_BL != rows(length_B, 10)).sum(axis=1)
             assert moved_B.max() == block
 
@@ -420,7 +428,7 @@ def test_coserec_changes_short_histories_little():
         length_B = np.full(1000, n)
         before_BL = rows(length_B, 12) + np.where(rows(length_B, 12) > 0, 10, 0)
         one, two = views(before_BL, length_B, np.random.default_rng(0))
-        kinds_one, kinds_two = (list(kinds(*view, before_BL, length_B)) for view in (one, two))
+        kinds_one, kinds_two = (list(kinds(*view[:2], before_BL, length_B)) for view in (one, two))
         assert set(kinds_one) == set(kinds_two) == expected
         assert {a == b for a, b in zip(kinds_one, kinds_two, strict=True)} == {True, False}  # they may coincide
 
@@ -434,7 +442,9 @@ def test_cl4srec_draws_two_different_operators():
     length_B = np.full(3000, 10)
     views = cl4srec.views(cl4srec.Settings(), n_items=N_ITEMS, mode="paper")
     one, two = views(rows(length_B, 12), length_B, np.random.default_rng(0))
-    pairs = collections.Counter(zip(*(kinds(*view, rows(length_B, 12), length_B) for view in (one, two)), strict=True))
+    pairs = collections.Counter(
+        zip(*(kinds(*view[:2], rows(length_B, 12), length_B) for view in (one, two)), strict=True)
+    )
     assert set(pairs) == set(itertools.permutations(("crop", "mask", "reorder"), 2))
 
 
@@ -443,7 +453,7 @@ def test_cl4srec_as_released_makes_the_second_view_of_what_the_first_overwrote()
     hidden = {}
     for mode in MODES:
         views = cl4srec.views(cl4srec.Settings(), n_items=N_ITEMS, mode=mode)
-        (one_BL, _), (two_BL, two_B) = views(rows(length_B, 12), length_B, np.random.default_rng(0))
+        (one_BL, *_), (two_BL, two_B, *_) = views(rows(length_B, 12), length_B, np.random.default_rng(0))
         masked_B = (one_BL == N_ITEMS).any(axis=1)
         hidden[mode] = (two_BL[masked_B] == N_ITEMS).sum()
         assert set(two_B[masked_B]) == {6, 10}
@@ -457,7 +467,7 @@ def test_basrec_reorders_or_substitutes_at_the_rate_that_it_returns(mode):
     length_B = np.full(4000, n)
     before_BL = np.where(rows(length_B, width) > 0, rows(length_B, width) + 10, 0)
     view = basrec.view(basrec.Settings(), n_items=N_ITEMS, similar_NK=similar(), mode=mode)
-    history_BL, viewed_B, rate_B = view(before_BL, length_B, np.random.default_rng(0))
+    history_BL, viewed_B, _, rate_B = view(before_BL, length_B, np.random.default_rng(0))
     assert set(viewed_B) == {n}
     assert 0.2 <= rate_B.min() < 0.21
     assert 0.5 < rate_B.max() <= 0.51

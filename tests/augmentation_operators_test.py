@@ -45,7 +45,7 @@ def outcomes(operator, n, *, width=12, seed=0):
     """Frequencies of the results for a history 1..n."""
     length_B = np.full(DRAWS, n)
     view = as_view(operator, n_items=N_ITEMS, similar_NK=similar())
-    history_BL, length_B = view(histories(length_B, width), length_B, np.random.default_rng(seed))
+    history_BL, length_B, *_ = view(histories(length_B, width), length_B, np.random.default_rng(seed))
     found = collections.Counter(tuple(row[:m].tolist()) for row, m in zip(history_BL, length_B, strict=True))
     return {result: count / DRAWS for result, count in found.items()}
 
@@ -168,13 +168,13 @@ def test_an_item_without_similar_ones_gives_way_to_any_other(n_items):
     view = as_view(functools.partial(substitute, rate=1.0), n_items=n_items, similar_NK=similar_NK)
     length_B = np.full(5000, 1)
     for own in (1, n_items - 1):
-        history_BL, _ = view(histories(length_B, 1, first=own), length_B, np.random.default_rng(0))
+        history_BL, *_ = view(histories(length_B, 1, first=own), length_B, np.random.default_rng(0))
         assert set(history_BL[:, 0]) == set(range(1, n_items)) - {own}
 
 
 def test_a_catalogue_of_one_item_has_no_other():
     view = as_view(functools.partial(substitute, rate=1.0), n_items=2, similar_NK=np.zeros((2, 1), np.int32))
-    history_BL, length_B = view(np.ones((1, 2), np.int32), np.array([2]), np.random.default_rng(0))
+    history_BL, length_B, *_ = view(np.ones((1, 2), np.int32), np.array([2]), np.random.default_rng(0))
     assert history_BL.tolist() == [[1, 1]]
     assert length_B.tolist() == [2]
 
@@ -198,13 +198,13 @@ def test_views_are_left_aligned_and_follow_the_seed(name, mode):
     length_B = np.concatenate([[0, 1, 2, 9, 10], rng.integers(0, 11, 200)])
     before_BL = histories(length_B, 10)
     view = as_view(every_operator(mode)[name], n_items=N_ITEMS, similar_NK=similar())
-    history_BL, viewed_B = view(before_BL, length_B, np.random.default_rng(1))
+    history_BL, viewed_B, *_ = view(before_BL, length_B, np.random.default_rng(1))
     assert history_BL.shape == before_BL.shape
     assert history_BL.dtype == np.int32
     np.testing.assert_array_equal(history_BL > 0, np.arange(10) < viewed_B[:, None])
     np.testing.assert_array_equal(viewed_B > 0, length_B > 0)
     np.testing.assert_array_equal(before_BL, histories(length_B, 10))  # the input is left alone
-    again_BL, _ = view(before_BL, length_B, np.random.default_rng(1))
+    again_BL, *_ = view(before_BL, length_B, np.random.default_rng(1))
     np.testing.assert_array_equal(history_BL, again_BL)
     if name != "unchanged":
         assert (view(before_BL, length_B, np.random.default_rng(2))[0] != history_BL).any()
@@ -215,7 +215,7 @@ def test_views_are_left_aligned_and_follow_the_seed(name, mode):
 def test_no_rows_are_no_views():
     for operator in every_operator("paper").values():
         view = as_view(operator, n_items=N_ITEMS, similar_NK=similar())
-        history_BL, length_B = view(np.zeros((0, 4), np.int32), np.zeros(0, np.int64), np.random.default_rng(0))
+        history_BL, length_B, *_ = view(np.zeros((0, 4), np.int32), np.zeros(0, np.int64), np.random.default_rng(0))
         assert history_BL.shape == (0, 4)
         assert length_B.shape == (0,)
 
@@ -246,7 +246,9 @@ def test_by_length_draws_of_the_subset_up_to_the_threshold():
 def pairs(pair, n, width=6):
     length_B = np.full(DRAWS, n)
     views = operators.as_views(pair, n_items=N_ITEMS, similar_NK=similar())
-    (first_BL, first_B), (second_BL, second_B) = views(histories(length_B, width), length_B, np.random.default_rng(0))
+    (first_BL, first_B, *_), (second_BL, second_B, *_) = views(
+        histories(length_B, width), length_B, np.random.default_rng(0)
+    )
     found = collections.Counter(
         (tuple(one[:n_one].tolist()), tuple(two[:n_two].tolist()))
         for one, n_one, two, n_two in zip(first_BL, first_B, second_BL, second_B, strict=True)
@@ -295,9 +297,11 @@ def test_rates_may_differ_by_row():
 
 def test_prepend_keeps_the_last_and_leaves_an_empty_history():
     extra_BM = np.array([[7, 8, 9], [7, 8, 9], [7, 8, 9]])
-    history_BL, length_B = operators.prepend(
-        extra_BM, np.array([3, 2, 3]), histories([2, 1, 0], 4), np.array([2, 1, 0])
+    column_BM = np.array([[1, -1, 0], [-1, 0, -1], [0, 0, 0]])
+    history_BL, length_B, column_BL, _ = operators.prepend(
+        extra_BM, column_BM, np.array([3, 2, 3]), histories([2, 1, 0], 4), np.array([2, 1, 0])
     )
+    assert column_BL.tolist() == [[-1, 0, 0, 1], [-1, 0, 0, -1], [-1, -1, -1, -1]]
     assert history_BL.tolist() == [[8, 9, 1, 2], [7, 8, 1, 0], [0, 0, 0, 0]]
     assert length_B.tolist() == [4, 3, 0]
 

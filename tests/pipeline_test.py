@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from marsjax import alignment, files, pipeline, retrieval
 from marsjax import stages as stages_module
+from marsjax.augmentation.baselines import BASELINES
 from marsjax.augmentation.methods import METHODS
 from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import _leaves, override
@@ -404,31 +405,37 @@ def test_labels_of_test_rows_change_no_parameter(workdir, tmp_path):
     assert one == other
 
 
-def test_every_method_lends_as_much_as_mars(workdir):
+def test_methods_that_lend_items_lend_as_much_as_mars(workdir):
     context, space, vectors = borrowing(workdir)
     donation = pipeline.augment_stage(context, space, vectors)
     budget_Q = np.diff(donation.borrowed.start_Q1)
     assert budget_Q.max() > 5
+    lending = {"random_donor", "popular_items", "mars", "mars_time_safe", "mars_without_target", "mars_vote_and_items"}
+    lending |= {f"{name}_budget" for name in BASELINES}
     for method in METHODS:
-        lent = pipeline.choose_augmentation(context, donation, method)
-        if method == "base":
-            assert lent is None
-        else:
+        lent = pipeline.treat(context, donation, method).augmentation
+        assert (lent is not None) == (method in lending), method
+        if lent is not None:
             np.testing.assert_array_equal(np.diff(lent.borrowed.start_Q1), budget_Q, err_msg=method)
             assert lent.time_safe == (method == "mars_time_safe")
             assert lent.drop_target == (method == "mars_without_target")
 
 
+EVERY_METHOD = {"base", "mars", "cmr", "cmr_budget"}
+
+
 @pytest.mark.parametrize(
     ("changes", "built"),
     [
-        ({"data.synthetic.seed": "1"}, {"alignment", "embeddings", "augmentation", "base", "mars"}),
-        ({"split.seed": "1"}, {"alignment", "embeddings", "augmentation", "base", "mars"}),
-        ({"alignment.beta": "0.2"}, {"alignment", "embeddings", "augmentation", "mars"}),
-        ({"retrieval.prefix_stride": "3"}, {"augmentation", "mars"}),
-        ({"augmentation.time_safe": "true"}, {"mars"}),
-        ({"augmentation.drop_target": "true"}, {"mars"}),
-        ({"ctr.epochs": "2"}, {"base", "mars"}),
+        ({"data.synthetic.seed": "1"}, {"alignment", "embeddings", "augmentation", *EVERY_METHOD}),
+        ({"split.seed": "1"}, {"alignment", "embeddings", "augmentation", *EVERY_METHOD}),
+        ({"alignment.beta": "0.2"}, {"alignment", "embeddings", "augmentation", "mars", "cmr_budget"}),
+        ({"retrieval.prefix_stride": "3"}, {"augmentation", "mars", "cmr_budget"}),
+        ({"augmentation.time_safe": "true"}, {"mars", "cmr_budget"}),
+        ({"augmentation.drop_target": "true"}, {"mars", "cmr_budget"}),
+        ({"baselines.mode": "as_released"}, {"cmr", "cmr_budget"}),
+        ({"baselines.view_length": "20"}, {"cmr", "cmr_budget"}),
+        ({"ctr.epochs": "2"}, EVERY_METHOD),
         ({"evaluation.bootstrap": "30"}, set()),
     ],
 )
@@ -457,8 +464,8 @@ def test_what_changes_the_result_of_a_stage_builds_it_anew(changes, built, tmp_p
             pipeline.augment_stage(context, space, None)
         empty = Borrowed(np.zeros(1, np.int64), *(np.zeros(0, np.int32) for _ in range(4)))
         queries = make_queries(context.loaded.rows, prefix_stride=0)
-        donation = pipeline.Donation(queries, None, empty, tmp_path, asked[-1][1])
-        for method in ("base", "mars"):
+        donation = pipeline.Donation(queries, None, empty, None, tmp_path, asked[-1][1])
+        for method in ("base", "mars", "cmr", "cmr_budget"):
             with pytest.raises(Asked):
                 pipeline.train_stage(context, donation, method)
         return dict(asked)
@@ -551,6 +558,25 @@ def test_bundle_blanks_what_its_method_blanks(workdir, tmp_path, method):
         assert serving.score(bundle._replace(users=only_target), [late])[0] != unlent
 
 
+def test_bundle_of_a_model_with_a_mask_scores_as_the_run(workdir, tmp_path):
+    """Its tables have a row more than the catalogue. Nothing is borrowed, so requests need no more than users."""
+    config = small_config(**{"export.method": "cmr"})
+    pipeline.export(config, workdir, output=tmp_path / "bundle")
+    bundle = serving.load_bundle(tmp_path / "bundle")
+    assert bundle.manifest["counts"]["n_items"] == len(bundle.items.raw_id_N) + 1
+    loaded = pipeline.load(config)
+    log, rows = loaded.dataset.log, loaded.rows
+    test_E = np.flatnonzero(rows.split_E == TEST)[:20]
+    requests = []
+    for event in test_E:
+        own = rows.histories.item_H[rows.histories.start_E[event] : rows.histories.end_E[event]]
+        user, item = str(log.raw_user_U[rows.user_E[event]]), str(bundle.items.raw_id_N[log.item_E[event]])
+        requests.append(serving.Request(user, (item,), tuple(bundle.items.raw_id_N[own])))
+    (folder,) = (workdir / "stages").glob("cmr-*")
+    found = np.concatenate(serving.score(bundle, requests))
+    np.testing.assert_allclose(found, np.load(folder / "scores.npz")["test"][:20], atol=1e-6)
+
+
 def test_sparse_users_are_not_exported(workdir, tmp_path):
     with pytest.raises(ValueError, match="expected split.sparse_fraction=0, found 0.3"):
         pipeline.export(small_config(**{"split.sparse_fraction": "0.3"}), workdir, output=tmp_path / "bundle")
@@ -602,6 +628,8 @@ def test_values_that_mean_nothing_are_refused_by_name(key, value, tmp_path):
         ({"evaluation.methods": ""}, "config.evaluation.methods expects one of .*base.*, got none"),
         ({"evaluation.methods": "base,random_doner"}, "got 'random_doner'; did you mean random_donor"),
         ({"export.method": "magic"}, "config.export.method expects one of"),
+        ({"baselines.mode": "published"}, "config.baselines.mode expects one of .*as_released.*got 'published'"),
+        ({"baselines.view_length": "0"}, "config.baselines.view_length expects 1 or more, got 0"),
         ({"ctr.evaluations_per_epoch": "0"}, "config.ctr.evaluations_per_epoch expects 1 or more, got 0"),
         ({"ctr.batch_size": "0"}, "config.ctr.batch_size expects 1 or more, got 0"),
         ({"retrieval.prefix_stride": "-1"}, "config.retrieval.prefix_stride expects 0 or more, got -1"),

@@ -12,7 +12,6 @@ own: weights [B, 1] times losses [B L] become [B, B L], so that each loss meets 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from marsjax.augmentation.budget import lend_views
 from marsjax.augmentation.operators import (
     Edit,
     Mode,
+    View,
     check_mode,
     check_rate,
     check_similar,
@@ -30,10 +30,7 @@ from marsjax.augmentation.operators import (
     substitute,
     write,
 )
-from marsjax.records import Borrowed, Histories, Queries
-
-# (history_BL, length_B, rng) -> history_BL, length_B, rate_B
-RatedView = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray, np.ndarray]]
+from marsjax.records import Borrowed, Histories, Queries, Viewed
 
 
 class Settings(NamedTuple):
@@ -61,16 +58,15 @@ def edit(
     return select(is_substitute_B, reordered, substitute(length_B, width, rng, rate=rate_B)), rate_B
 
 
-def view(settings: Settings, *, n_items: int, similar_NK: np.ndarray | None = None, mode: Mode = "paper") -> RatedView:
+def view(settings: Settings, *, n_items: int, similar_NK: np.ndarray | None = None, mode: Mode = "paper") -> View:
     """The history reordered or substituted, drawn for each, and the rate of each. `similar_NK` is needed."""
     _check(settings, mode)
     similar_NK = check_similar(similar_NK, n_items)
 
-    def rated(
-        history_BL: np.ndarray, length_B: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def rated(history_BL: np.ndarray, length_B: np.ndarray, rng: np.random.Generator) -> Viewed:
         drawn, rate_B = edit(settings, length_B, history_BL.shape[1], rng, mode=mode)
-        return *write(drawn, history_BL, n_items=n_items, similar_NK=similar_NK, rng=rng), rate_B
+        viewed = write(drawn, history_BL, n_items=n_items, similar_NK=similar_NK, rng=rng)
+        return viewed._replace(rate_B=rate_B)
 
     return rated
 

@@ -46,7 +46,8 @@ def lend_chunks(
     """Asks `lender` for the queries, a chunk at a time.
 
     The time of an item is that of its event; an item of an empty prefix is older than everything. The donor of an own
-    item is the user, else -1. Similarities are 0.
+    item is the user, else -1. Similarities are 0. An own item has the mark of its very event: the user may have met it
+    again after the prefix, and what was thought of it then is not known yet. All others have none.
 
     Args:
         width: of the widest array that `lender` makes for a query, where prefix and budget are not.
@@ -80,13 +81,17 @@ def lend_chunks(
     oldest = np.iinfo(np.int64).min
     time_S = np.full(len(query_S), oldest)
     timed_S = column_S >= 0
-    time_S[timed_S] = histories.time_H[(start_Q[query_S] + column_S)[timed_S]]
+    at_S = start_Q[query_S] + column_S
+    time_S[timed_S] = histories.time_H[at_S[timed_S]]
+    feedback_S = np.zeros(len(query_S), np.int8)
+    feedback_S[own_S] = 1 + (histories.label_H[at_S[own_S]] > 0)
     return Borrowed(
         start_Q1=np.searchsorted(query_S, np.arange(len(budget_Q) + 1)).astype(np.int64),
         item_S=item_S,
         time_S=time_S,
         donor_S=np.where(own_S, queries.user_Q[query_S], -1).astype(np.int32),
         similarity_S=np.zeros(len(query_S), np.float32),
+        feedback_S=feedback_S,
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from marsjax.augmentation import controls, votes
+from marsjax.augmentation import baselines, controls, votes
+from marsjax.augmentation.baselines import BASELINES
 from marsjax.data.histories import cut_histories
-from marsjax.records import HIGH, LOW, TRAIN, Augmentation, Borrowed, Donors, Log, Queries, Rows
+from marsjax.records import HIGH, LOW, TRAIN, Augmentation, Borrowed, Donors, Log, Objective, Queries, Rows, Viewing
 
 
 class Offer(NamedTuple):
@@ -24,6 +26,7 @@ class Offer(NamedTuple):
     votes: votes.Settings
     low_only: bool  # ask voters for low-active users alone
     cut_share: float  # of the rows that `short_histories` cuts
+    baselines: baselines.Settings
     seed: int
 
 
@@ -34,6 +37,8 @@ class Treatment(NamedTuple):
     dense_EJ: np.ndarray | None = None  # [E, J] float32, numbers lent, beside the history
     rows: Rows | None = None  # rows with other histories
     hidden_E: np.ndarray | None = None  # [E] bool, events whose user id is not shown
+    viewing: Viewing | None = None  # views of the own histories of training rows
+    objective: Objective | None = None  # a loss on the views, beside the click loss
 
 
 def base(offer: Offer) -> Treatment:
@@ -105,16 +110,59 @@ def popular_items(offer: Offer) -> Treatment:
     return lend(offer, controls.popular_items(offer.donors, budget_Q, n_items=len(offer.item_ND)))
 
 
+def own_form(offer: Offer, *, name: str) -> Treatment:
+    """A baseline as in its source: training histories are replaced by a view of them, or a loss on views is added."""
+    n_items = len(offer.item_ND)
+    similar_NK = baselines.similar_items(name, offer.log, offer.rows, n_items=n_items)
+    viewing = baselines.viewing(name, offer.baselines, n_items=n_items, similar_NK=similar_NK)
+    return Treatment(viewing=viewing, objective=_objective(name, offer))
+
+
+def budget_form(offer: Offer, *, name: str) -> Treatment:
+    """A baseline at the budget of MARS: as many items for the same queries, and its loss on low-active rows alone."""
+    n_items = len(offer.item_ND)
+    similar_NK = baselines.similar_items(name, offer.log, offer.rows, n_items=n_items)
+    borrowed = BASELINES[name].lend(
+        offer.rows.histories, offer.queries, np.diff(offer.borrowed.start_Q1),
+        seed=offer.seed, n_items=n_items, similar_NK=similar_NK, mode=offer.baselines.mode,
+    )  # fmt: skip
+    lent, objective = lend(offer, borrowed), _objective(name, offer)
+    if objective is None:
+        return lent
+    low_E = offer.rows.group_U[offer.rows.user_E] == LOW
+    viewing = baselines.viewing(name, offer.baselines, n_items=n_items, similar_NK=similar_NK, row_E=low_E)
+    return lent._replace(viewing=viewing, objective=objective)
+
+
+def _objective(name: str, offer: Offer) -> Objective | None:
+    make = BASELINES[name].objective
+    return None if make is None else make(offer.baselines.mode)
+
+
 class Method(NamedTuple):
     """A function, and what must be known of it before it is called."""
 
     treat: Callable[[Offer], Treatment]
     numbers: int = 0  # J of `Treatment.dense_EJ`
+    mask_token: bool = False  # views may hold item N, a mask: the model has a row for it
+    borrows: bool = True  # reads what MARS does, its vectors, donors or budget
+    baseline: bool = False  # reads `Offer.baselines`
     offline: bool = False  # needs of a row what a bundle does not hold
 
 
+def _both_forms(name: str) -> dict[str, Method]:
+    baseline = BASELINES[name]
+    masks = baseline.mask_token
+    budget = functools.partial(budget_form, name=name)
+    return {
+        name: Method(functools.partial(own_form, name=name), mask_token=masks, borrows=False, baseline=True),
+        # What is lent holds no masks, the views for a loss do.
+        f"{name}_budget": Method(budget, mask_token=masks and baseline.objective is not None, baseline=True),
+    }
+
+
 METHODS: dict[str, Method] = {
-    "base": Method(base),
+    "base": Method(base, borrows=False),
     "random_donor": Method(random_donor),
     "popular_items": Method(popular_items),
     "mars": Method(mars),
@@ -127,13 +175,22 @@ METHODS: dict[str, Method] = {
     "mars_short_vote": Method(mars_short_vote, numbers=2, offline=True),
     "everybody_votes": Method(everybody_votes, numbers=2, offline=True),
     "collaborative_vote": Method(collaborative_vote, numbers=2, offline=True),
+    **_both_forms("ran"),
+    **_both_forms("ran_s"),
+    **_both_forms("reppad"),
+    **_both_forms("cmr"),
+    **_both_forms("cmrsi"),
+    **_both_forms("cl4srec"),
+    **_both_forms("coserec"),
+    **_both_forms("basrec"),
 }
 
 
 def lend(offer: Offer, borrowed: Borrowed, *, time_safe: bool = False, drop_target: bool = False) -> Treatment:
-    """Items lent to the queries, each with what its donor thought of it."""
-    known = borrowed._replace(feedback_S=opinions(offer.log, offer.rows, borrowed, n_items=len(offer.item_ND)))
-    return Treatment(Augmentation(offer.queries, known, time_safe, drop_target))
+    """Items lent to the queries, each with what its donor thought of it, unless that is told already."""
+    if borrowed.feedback_S is None:
+        borrowed = borrowed._replace(feedback_S=opinions(offer.log, offer.rows, borrowed, n_items=len(offer.item_ND)))
+    return Treatment(Augmentation(offer.queries, borrowed, time_safe, drop_target))
 
 
 def ask(offer: Offer, item_ND: np.ndarray) -> Treatment:
@@ -148,7 +205,11 @@ def ask(offer: Offer, item_ND: np.ndarray) -> Treatment:
 
 
 def opinions(log: Log, rows: Rows, borrowed: Borrowed, *, n_items: int) -> np.ndarray:
-    """What the lender of each item thought of it in training, [S] int8 as in `CtrBatch`: 2, 1, or 0 for not known."""
+    """What the lender of each item thought of it in training, [S] int8 as in `CtrBatch`: 2, 1, or 0 for not known.
+
+    All training events of the lender count, whenever they were. So this is not for items that a user borrows from the
+    own history, where an item met again would tell the label of that row: those come with the mark of their event.
+    """
     train_X = np.flatnonzero(rows.split_E == TRAIN)
     key_X = rows.user_E[train_X].astype(np.int64) * n_items + log.item_E[train_X]
     order_X = np.argsort(key_X, kind="stable")

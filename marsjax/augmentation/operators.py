@@ -4,8 +4,8 @@ An operator sees only how long the histories are, and says what becomes of them 
 result the own entry that it comes from, and whether it is that entry, a mask, or an item similar to it. Items are
 filled in afterwards, so that it is known of each item of a view whose it is and when it was met.
 
-A view is `(history_BL, length_B, rng) -> (history_BL, length_B)`: entries 0..length-1, then zeros. A result that is
-longer than L keeps its last L. An empty history stays empty.
+A view is `(history_BL, length_B, rng) -> Viewed`: entries 0..length-1, then zeros, and of each entry the one of the
+history that it is, if any. A result that is longer than L keeps its last L. An empty history stays empty.
 
 `mode` is "paper", the definition of CL4SRec and CoSeRec, or "as_released", what the released code of CoSeRec does.
 """
@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+
+from marsjax.records import Viewed
 
 Mode = Literal["paper", "as_released"]
 
@@ -31,7 +33,6 @@ class Edit(NamedTuple):
 
 
 Rng = np.random.Generator
-Viewed = tuple[np.ndarray, np.ndarray]  # history_BL, length_B
 View = Callable[[np.ndarray, np.ndarray, Rng], Viewed]
 Views = Callable[[np.ndarray, np.ndarray, Rng], tuple[Viewed, Viewed]]
 Operator = Callable[[np.ndarray, int, Rng], Edit]  # of length_B and the width L
@@ -249,14 +250,25 @@ def as_views(pair: Pair, *, n_items: int, similar_NK: np.ndarray | None = None) 
 
 
 def write(edit: Edit, history_BL: np.ndarray, *, n_items: int, similar_NK: np.ndarray | None, rng: Rng) -> Viewed:
-    """The view (history_BL, length_B) that an edit describes."""
+    """The view that an edit describes."""
     item_BL = fill(edit, history_BL, n_items=n_items, similar_NK=similar_NK, rng=rng)
-    (item_BL,), length_B = keep_last(item_BL > 0, item_BL.shape[1], item_BL)
-    return item_BL, length_B
+    column_BL = np.where(edit.origin_BL == OWN, edit.column_BL, -1)
+    return view_of(item_BL > 0, item_BL, column_BL, width=item_BL.shape[1])
 
 
-def prepend(extra_BM: np.ndarray, count_B: np.ndarray, history_BL: np.ndarray, length_B: np.ndarray) -> Viewed:
-    """The view of the first `count_B` entries of `extra_BM`, then the history; an empty history stays empty."""
+def view_of(kept_BX: np.ndarray, item_BX: np.ndarray, column_BX: np.ndarray, *, width: int) -> Viewed:
+    """The view of the last `width` kept entries, which are the own ones `column_BX`, or none where it is -1."""
+    (item_BL, column_BL), length_B = keep_last(kept_BX, width, item_BX, column_BX + 1)
+    return Viewed(item_BL, length_B, column_BL - 1)
+
+
+def prepend(
+    extra_BM: np.ndarray, column_BM: np.ndarray, count_B: np.ndarray, history_BL: np.ndarray, length_B: np.ndarray
+) -> Viewed:
+    """The view of the first `count_B` entries of `extra_BM`, then the history; an empty history stays empty.
+
+    `column_BM` says which own entries the items of `extra_BM` are, -1: none.
+    """
     count_B = np.where(length_B > 0, count_B, 0)
     kept_BX = np.concatenate(
         [
@@ -266,8 +278,9 @@ def prepend(extra_BM: np.ndarray, count_B: np.ndarray, history_BL: np.ndarray, l
         axis=1,
     )
     item_BX = np.concatenate([extra_BM, history_BL], axis=1).astype(np.int32)
-    (item_BL,), length_B = keep_last(kept_BX, history_BL.shape[1], item_BX)
-    return item_BL, length_B
+    own_BL = np.broadcast_to(np.arange(history_BL.shape[1]), history_BL.shape)
+    column_BX = np.concatenate([column_BM, own_BL], axis=1)
+    return view_of(kept_BX, item_BX, column_BX, width=history_BL.shape[1])
 
 
 def keep_last(kept_BX: np.ndarray, width: int, *arrays_BX: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from marsjax.augmentation.budget import Lent, lend_chunks
-from marsjax.augmentation.operators import Mode, View, Viewed, check_mode, prepend
-from marsjax.records import Borrowed, Histories, Queries
+from marsjax.augmentation.operators import Mode, View, check_mode, prepend
+from marsjax.records import Borrowed, Histories, Queries, Viewed
 
 
 class Settings(NamedTuple):
@@ -32,7 +32,7 @@ def view(settings: Settings, *, n_items: int, similar_NK: np.ndarray | None = No
     def prepended(history_BL: np.ndarray, length_B: np.ndarray, rng: np.random.Generator) -> Viewed:
         column_BM = rng.integers(0, np.maximum(length_B, 1)[:, None], size=(len(length_B), settings.items))
         extra_BM = np.take_along_axis(history_BL, column_BM, axis=1)
-        return prepend(extra_BM, np.full(len(length_B), settings.items), history_BL, length_B)
+        return prepend(extra_BM, column_BM, np.full(len(length_B), settings.items), history_BL, length_B)
 
     return prepended
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from marsjax.augmentation.budget import Lent, lend_chunks
-from marsjax.augmentation.operators import Mode, View, Viewed, check_mode, keep_last
-from marsjax.records import Borrowed, Histories, Queries
+from marsjax.augmentation.operators import Mode, View, check_mode, view_of
+from marsjax.records import Borrowed, Histories, Queries, Viewed
 
 
 class Settings(NamedTuple):
@@ -42,13 +42,13 @@ def view(settings: Settings, *, n_items: int, similar_NK: np.ndarray | None = No
         copies_B = rng.integers(np.minimum(settings.least, most_B), most_B + 1)
         # No more than 2 L entries where there are copies: k <= floor(L / n). A copy beside n = L is cut away.
         slot_X = np.arange(max(2 * length, width))
-        item_BX = np.take_along_axis(history_BL, slot_X % length_B1, axis=1)
+        column_BX = slot_X % length_B1
+        item_BX = np.take_along_axis(history_BL, column_BX, axis=1).astype(np.int32)
         total_B = length_B * (copies_B + 1)
         bound_B = np.where(copies_B > 0, length, width)
         first_B = np.maximum(total_B - bound_B, 0)
         kept_BX = (slot_X >= first_B[:, None]) & (slot_X < total_B[:, None])
-        (item_BL,), length_B = keep_last(kept_BX, width, item_BX.astype(np.int32))
-        return item_BL, length_B
+        return view_of(kept_BX, item_BX, column_BX, width=width)
 
     return repeated
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from marsjax.ctr.activations import Activation, Tower
-from marsjax.ctr.items import ItemEmbedding, feedback_embedding, user_embedding
+from marsjax.ctr.items import ItemEmbedding, feedback_embedding, parts_of, user_embedding
 from marsjax.records import CtrBatch, ItemTables
 
 
@@ -77,8 +79,9 @@ class Din(nn.Module):
             self.users = user_embedding(self.n_users, self.embedding)
         self.score = Tower(self.tower, self.activation, self.axis_name)
 
-    def embed(self, item_ND: jax.Array, batch: CtrBatch) -> tuple[jax.Array, jax.Array]:
+    def embed(self, batch: CtrBatch, tables: ItemTables) -> tuple[jax.Array, jax.Array]:
         """Targets [B, D] and histories [B, L, D]; with marks both have room for them, and targets have none."""
+        item_ND = self.items(tables)
         target_BD, history_BLD = item_ND[batch.target_B], item_ND[batch.history_BL]
         if self.feedback:
             mark_BLD = self.marks(batch.feedback_BL)
@@ -86,34 +89,31 @@ class Din(nn.Module):
             target_BD = jnp.pad(target_BD, ((0, 0), (0, mark_BLD.shape[2])))
         return target_BD, history_BLD
 
-    def interests(
-        self,
-        target_BD: jax.Array,
-        history_BLD: jax.Array,
-        mask_PBL: list[jax.Array],
-        weight_B: jax.Array,
-        *,
-        train: bool,
-    ) -> list[jax.Array]:
-        """What the attention pools of each part of the history, given by its mask: [B, D] each."""
-        in_some_BL = jnp.minimum(sum(mask_PBL), 1.0)
-        weight_BL = self.attend(target_BD, history_BLD, in_some_BL * weight_B[:, None], train=train)
-        weights = [masked_softmax(weight_BL, mask_BL) if self.softmax else weight_BL * mask_BL for mask_BL in mask_PBL]
+    def pool(self, target_BD: jax.Array, history_BLD: jax.Array, batch: CtrBatch, *, train: bool) -> list[jax.Array]:
+        """What the attention pools of each part of the history, [B, D] each. Of the batch the masks are read."""
+        parts = parts_of(batch, apart=self.apart)
+        in_some_BL = jnp.minimum(sum(parts), 1.0)
+        weight_BL = self.attend(target_BD, history_BLD, in_some_BL * batch.weight_B[:, None], train=train)
+        weights = [masked_softmax(weight_BL, mask_BL) if self.softmax else weight_BL * mask_BL for mask_BL in parts]
         return [jnp.einsum("bl,bld->bd", part_BL, history_BLD) for part_BL in weights]
 
-    def __call__(self, batch: CtrBatch, tables: ItemTables, *, train: bool) -> jax.Array:
-        """Returns logit_B. Padding of the history and of the batch changes nothing."""
-        target_BD, history_BLD = self.embed(self.items(tables), batch)
-        mask_BL, is_lent_BL = (value.astype(jnp.float32) for value in (batch.history_BL > 0, batch.borrowed_BL))
-        parts = [mask_BL * (1 - is_lent_BL), mask_BL * is_lent_BL] if self.apart else [mask_BL]
+    def decide(
+        self, target_BD: jax.Array, interests: Sequence[jax.Array], batch: CtrBatch, *, train: bool
+    ) -> jax.Array:
+        """Returns logit_B from what was pooled. Of the batch the user and the numbers are read."""
         features = [target_BD]
-        for interest_BD in self.interests(target_BD, history_BLD, parts, batch.weight_B, train=train):
+        for interest_BD in interests:
             features += [interest_BD, target_BD * interest_BD]
         if self.n_users:
             features.append(self.users(batch.user_B))
         if batch.dense_BJ is not None:
             features.append(batch.dense_BJ)
         return self.score(jnp.concatenate(features, axis=1), batch.weight_B, train=train)
+
+    def __call__(self, batch: CtrBatch, tables: ItemTables, *, train: bool) -> jax.Array:
+        """Returns logit_B. Padding of the history and of the batch changes nothing."""
+        target_BD, history_BLD = self.embed(batch, tables)
+        return self.decide(target_BD, self.pool(target_BD, history_BLD, batch, train=train), batch, train=train)
 
 
 def masked_softmax(logit_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:

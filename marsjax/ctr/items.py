@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marsjax.records import Array, Items, ItemTables
+from marsjax.records import Array, CtrBatch, Items, ItemTables
 
 FEEDBACK_WIDTH = 4  # of the embedding of liked, not liked and not known
 
@@ -63,6 +63,23 @@ def content_table(items: Items, *, components: int) -> np.ndarray:
     # The sign of a component is arbitrary, and libraries differ in it: its largest entry is positive.
     left_NF = left_NF * np.sign(left_NF[np.argmax(np.abs(left_NF), axis=0), np.arange(left_NF.shape[1])])[None]
     return left_NF.astype(np.float32)
+
+
+def padded_tables(tables: ItemTables, n_items: int) -> ItemTables:
+    """The tables with rows of zeros up to `n_items`: a mask beyond the catalogue has no category and no content."""
+
+    def pad(value: np.ndarray) -> np.ndarray:
+        return np.pad(value, ((0, n_items - len(value)), (0, 0)))
+
+    return ItemTables(pad(tables.category_NG), None if tables.feature_NF is None else pad(tables.feature_NF))
+
+
+def parts_of(batch: CtrBatch, *, apart: bool) -> list[jax.Array]:
+    """Masks [B, L] float32 of the parts of the history that are pooled: all of it, or the own and the borrowed ones."""
+    mask_BL, is_lent_BL = (
+        jnp.asarray(value).astype(jnp.float32) for value in (batch.history_BL > 0, batch.borrowed_BL)
+    )
+    return [mask_BL * (1 - is_lent_BL), mask_BL * is_lent_BL] if apart else [mask_BL]
 
 
 class Embedding(nn.Module):

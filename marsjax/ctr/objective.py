@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from marsjax.records import CtrBatch, ItemTables
+from marsjax.ctr.view_losses import view_loss
+from marsjax.records import CtrBatch, ItemTables, Objective
 from marsjax.training.optimizer import AdamW, adamw
 from marsjax.training.sharding import Lifted, lift
 from marsjax.training.step import LossFn, Share, StepFn, make_step, total
@@ -34,8 +35,8 @@ def init_model(model: nn.Module, tables: ItemTables, *, seed: int, dense: int = 
     return {"params": variables["params"], "statistics": variables.get("statistics", {})}
 
 
-def make_loss(model: nn.Module, *, axis_name: str | None) -> LossFn:
-    """Binary cross-entropy, averaged over the rows of weight 1 of the global batch."""
+def make_loss(model: nn.Module, *, axis_name: str | None, objective: Objective | None = None) -> LossFn:
+    """Binary cross-entropy, averaged over the rows of weight 1 of the global batch, and a loss on views beside it."""
 
     def loss(params: PyTree, statistics: PyTree, batch: CtrBatch, tables: ItemTables, key: jax.Array) -> Share:
         logit_B, new = model.apply(
@@ -43,7 +44,12 @@ def make_loss(model: nn.Module, *, axis_name: str | None) -> LossFn:
         )
         row_B = optax.sigmoid_binary_cross_entropy(logit_B, batch.label_B) * batch.weight_B
         n_rows = jnp.maximum(total(jnp.sum(batch.weight_B), axis_name), 1.0)
-        return Share(jnp.sum(row_B) / n_rows, new.get("statistics", {}), {})
+        click = jnp.sum(row_B) / n_rows
+        if objective is None or not (objective.weight or objective.cross_weight):
+            return Share(click, new.get("statistics", {}), {})
+        variables = {"params": params, "statistics": statistics}
+        beside = view_loss(model, objective, variables, batch, tables, key, axis_name=axis_name)
+        return Share(click + beside, new.get("statistics", {}), {"click_loss": click, "view_loss": beside})
 
     return loss
 
@@ -68,12 +74,13 @@ def score(
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
-@functools.lru_cache(maxsize=4)
-def lifted_step(model: nn.Module, settings: AdamW, mode: str) -> Lifted:
-    """The training step over all devices. Cached: every method and seed trains with one compiled step a length."""
+@functools.lru_cache(maxsize=8)
+def lifted_step(model: nn.Module, settings: AdamW, mode: str, objective: Objective | None = None) -> Lifted:
+    """The training step over all devices. Cached: methods of one model and objective, and all seeds, train with one
+    compiled step a length."""
 
     def make(axis: str | None) -> StepFn:
-        loss = make_loss(model.clone(axis_name=axis), axis_name=axis)
+        loss = make_loss(model.clone(axis_name=axis), axis_name=axis, objective=objective)
         return make_step(loss, adamw(settings), axis_name=axis)
 
     return lift(make, mode=mode)

@@ -15,7 +15,7 @@ import grain.python as grain
 import numpy as np
 
 from marsjax.data.histories import gather_histories
-from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Inputs, Log, Rows
+from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Histories, Inputs, Log, Rows, Viewed, Viewing
 
 Batch = TypeVar("Batch")
 IDS = Inputs()
@@ -137,6 +137,85 @@ def feedback(label_X: np.ndarray) -> np.ndarray:
     return 1 + (label_X > 0).astype(np.int8)
 
 
+def own_tails(histories: Histories, row_B: np.ndarray, *, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The last `length` own entries of rows: items and marks, [B, length] left-aligned, and how many they are, [B]."""
+    length_B = np.minimum(histories.end_E[row_B] - histories.start_E[row_B], length)
+    column_1W = np.arange(length)[None, :]
+    inside_BW = column_1W < length_B[:, None]
+    if not len(histories.item_H):
+        return np.zeros(inside_BW.shape, np.int32), np.zeros(inside_BW.shape, np.int8), length_B
+    at_BW = np.where(inside_BW, (histories.end_E[row_B] - length_B)[:, None] + column_1W, 0)
+    mark_BW = feedback(histories.label_H[at_BW])
+    return np.where(inside_BW, histories.item_H[at_BW], 0), np.where(inside_BW, mark_BW, 0).astype(np.int8), length_B
+
+
+def with_views(
+    batch: CtrBatch,
+    rows: Rows,
+    row_B: np.ndarray,
+    viewing: Viewing,
+    *,
+    bounds: tuple[int, ...],
+    cap: int,
+    rng: np.random.Generator,
+) -> CtrBatch:
+    """The batch of the rows `row_B` with views of their own histories, which stand in their place or beside them.
+
+    An entry of a view that is an own one keeps its mark; what is similar, drawn or hidden has none. Where views replace
+    the last entries, the history gets the shortest length of `bounds` that holds all of them; nothing may be borrowed.
+    """
+    length = min(viewing.length, cap)
+    tail_BW, mark_BW, length_B = own_tails(rows.histories, row_B, length=length)
+    views = viewing.make(tail_BW, length_B, rng)
+    marks = [
+        np.where(view.column_BL >= 0, np.take_along_axis(mark_BW, np.maximum(view.column_BL, 0), axis=1), 0)
+        for view in views
+    ]
+    if viewing.replaces:
+        return _replace_tails(batch, views[0], marks[0], length_B, bounds=bounds)
+    size = len(batch.user_B)
+    used_B = length_B > 0
+    if viewing.row_E is not None:
+        used_B &= viewing.row_E[row_B]
+    rates = [np.zeros(len(row_B)) if view.rate_B is None else view.rate_B for view in views]
+    return batch._replace(
+        view_BVW=pad_to(size, np.stack([view.history_BL for view in views], axis=1), np.int32),
+        view_feedback_BVW=None if batch.feedback_BL is None else pad_to(size, np.stack(marks, axis=1), np.int8),
+        view_rate_BV=pad_to(size, np.stack(rates, axis=1), np.float32),
+        view_weight_B=pad_to(size, used_B, np.float32),
+    )
+
+
+def _replace_tails(
+    batch: CtrBatch, view: Viewed, mark_BW: np.ndarray, tail_B: np.ndarray, *, bounds: tuple[int, ...]
+) -> CtrBatch:
+    """The last `tail_B` entries of each history replaced by a view of them."""
+    if batch.borrowed_BL.any():
+        raise ValueError("views in the place of histories: expected rows that borrow nothing, found borrowed entries")
+    n_rows, size = len(tail_B), len(batch.user_B)
+    kept_B = (batch.history_BL[:n_rows] > 0).sum(axis=1) - tail_B
+    total_B = kept_B + view.length_B
+    length = bounds[int(np.searchsorted(bounds, total_B.max(initial=0)))]
+    column_1L = np.arange(length)[None, :]
+    is_view_BL = (column_1L >= kept_B[:, None]) & (column_1L < total_B[:, None])
+    at_BL = np.clip(column_1L - kept_B[:, None], 0, mark_BW.shape[1] - 1)
+
+    def replaced(before_BL: np.ndarray, view_BW: np.ndarray) -> np.ndarray:
+        out_BL = np.zeros((size, length), before_BL.dtype)
+        width = min(length, before_BL.shape[1])
+        out_BL[:, :width] = before_BL[:, :width]
+        out_BL[:n_rows] = np.where(column_1L < kept_B[:, None], out_BL[:n_rows], 0)
+        out_BL[:n_rows] += np.where(is_view_BL, np.take_along_axis(view_BW, at_BL, axis=1), 0).astype(out_BL.dtype)
+        return out_BL
+
+    marks_BL = batch.feedback_BL
+    return batch._replace(
+        history_BL=replaced(batch.history_BL, view.history_BL),
+        borrowed_BL=np.zeros((size, length), bool),
+        feedback_BL=None if marks_BL is None else replaced(marks_BL, mark_BW),
+    )
+
+
 def plan_epoch(length_R: np.ndarray, row_R: np.ndarray, *, size: int, buckets: tuple[int, ...], seed: int) -> Epoch:
     """Shuffles rows, groups them by the shortest bucket that holds their history, and shuffles the batches.
 
@@ -176,8 +255,12 @@ def ctr_source(
     seed: int,
     augmentation: Augmentation | None = None,
     inputs: Inputs = IDS,
+    viewing: Viewing | None = None,
 ) -> tuple[BatchSource[CtrBatch], int]:
-    """Training batches over `epochs` epochs of the rows `row_R`, and the number of batches in one epoch."""
+    """Training batches over `epochs` epochs of the rows `row_R`, and the number of batches in one epoch.
+
+    With `viewing` batch i has the same rows as without; its views are drawn from (seed, i) alone.
+    """
     buckets = tuple(sorted({min(bucket, cap) for bucket in buckets} | {cap}))
     own_R, extra_R = history_lengths(rows, row_R, cap=cap, augmentation=augmentation)
     length_R = own_R + extra_R
@@ -191,16 +274,22 @@ def ctr_source(
     def make(index: int) -> CtrBatch:
         plan = epoch_plan(index // per_epoch)
         i = index % per_epoch
-        return ctr_batch(
+        row_B = plan.row_E[plan.start_I1[i] : plan.start_I1[i + 1]]
+        batch = ctr_batch(
             log,
             rows,
-            plan.row_E[plan.start_I1[i] : plan.start_I1[i + 1]],
+            row_B,
             length=int(plan.length_I[i]),
             size=size,
             cap=cap,
             augmentation=augmentation,
             inputs=inputs,
         )
+        if viewing is None:
+            return batch
+        # 2: a number of its own, which is not 0, since (seed, epoch, 0) would be the seed of an epoch.
+        rng = np.random.default_rng(hash_seed(seed, index, 2))
+        return with_views(batch, rows, row_B, viewing, bounds=buckets, cap=cap, rng=rng)
 
     return BatchSource(make, per_epoch * epochs), per_epoch
 

@@ -23,6 +23,7 @@ import numpy as np
 from marsjax import __version__, files
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import make_backbone
+from marsjax.ctr.items import padded_tables
 from marsjax.records import Augmentation, CtrBatch, ItemTables, Log, Rows
 from marsjax.training import checkpoint
 
@@ -186,7 +187,8 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
     with np.load(folder / "items.npz") as arrays:
         items = Items(**{name: arrays[name] for name in Items._fields})
     model = make_backbone(manifest["config"]["ctr"], **manifest["counts"])
-    template = jax.eval_shape(lambda: objective.init_model(model, ItemTables(items.category_NG), seed=0))
+    tables = padded_tables(ItemTables(items.category_NG), manifest["counts"]["n_items"])
+    template = jax.eval_shape(lambda: objective.init_model(model, tables, seed=0))
     trained = checkpoint.load_params(folder / "ctr", template)
     return Bundle(model, trained["params"], trained["statistics"], users, items, manifest, folder)
 
@@ -246,7 +248,7 @@ def score(bundle: Bundle, requests: Sequence[Request], *, size: int = 256) -> li
                       np.ones(n, np.float32), history_BL, borrowed_BL)  # fmt: skip
             yield CtrBatch(*(np.pad(value, [(0, size - n)] + [(0, 0)] * (value.ndim - 1)) for value in values))
 
-    tables = ItemTables(bundle.items.category_NG)
+    tables = padded_tables(ItemTables(bundle.items.category_NG), bundle.manifest["counts"]["n_items"])
     score_B = objective.score(bundle.model, bundle.params, bundle.statistics, tables, batches())
     return np.split(score_B, np.cumsum(count_R)[:-1])
 
