@@ -631,7 +631,7 @@ def run_cell(config: ConfigDict, stages: Stages, loaded: Loaded, *, command: str
     )
     seen = report.validation_rows(valid)
     # The published method, and the variant of it that did best on the low-active users' validation rows.
-    variants = {row["method"]: row["auc_low"]["mean"] for row in seen if row["method"].startswith("mars")}
+    variants = {row["method"]: row["auc_low"]["mean"] or 0.0 for row in seen if row["method"].startswith("mars")}
     chosen = max(variants, key=lambda method: variants[method], default="mars")
     others = ("base", "best_possible", "full_history", *(name for name in variants if name not in ("mars", chosen)))
     return {

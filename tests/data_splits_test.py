@@ -107,6 +107,10 @@ def test_low_active_users_of_a_split_by_time_have_training_events():
         ({"split": "last_fraction", "fraction_test": 0.9, "fraction_valid": 0.1}, "leave something to train on"),
         ({"split": "leave_one_out", "low_fraction": 0.8}, "together at most 1"),
         ({"split": "leave_one_out", "history": "liked"}, "found 'liked'"),
+        (
+            {"split": "leave_one_out", "sparse_fraction": 0.3, "sparse_events": 99},
+            "more than sparse_events=99 training",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -40,8 +40,8 @@ def make_rows(
             the same rows whatever is kept, so what a longer history is worth can be read off. 0 is off.
 
     Raises:
-        ValueError: unknown split or history; `sparse_events` below 1; fractions outside [0, 1) or together not below 1
-            (at most 1 for groups).
+        ValueError: unknown split or history; `sparse_events` below 1, or as many as anybody has; fractions outside
+            [0, 1) or together not below 1 (at most 1 for groups).
     """
     if not (fraction_test >= 0 and fraction_valid >= 0 and fraction_test + fraction_valid < 1):
         raise ValueError(
@@ -88,6 +88,11 @@ def make_rows(
     if sparse_fraction:
         drawn_U = np.random.default_rng(seed).permutation(n_users)
         drawn_U = drawn_U[train_length_U[drawn_U] > sparse_events]
+        if not len(drawn_U):
+            raise ValueError(
+                f"split: expected users with more than sparse_events={sparse_events} training events, found none; the "
+                f"longest history has {train_length_U.max(initial=0)}"
+            )
         sparse_U[drawn_U[: int(round(sparse_fraction * n_users))]] = True
         train_length_U = np.where(sparse_U, np.minimum(train_length_U, sparse_events), train_length_U)
         at_E = np.arange(n_events) - np.repeat(log.start_U1[:-1], length_U)

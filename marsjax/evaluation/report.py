@@ -124,7 +124,8 @@ def comparisons(
 
 
 def validation_rows(results: Mapping[str, Sequence[Predictions]]) -> list[dict[str, Any]]:
-    """AUC of validation rows, by which variants are chosen: method, auc_all and auc_low (mean, std) each."""
+    """AUC of validation rows, by which variants are chosen: method, auc_all and auc_low (mean and std; None where
+    undefined)."""
     rows = []
     for method, seeds in results.items():
         row: dict[str, Any] = {"method": method}
@@ -132,7 +133,7 @@ def validation_rows(results: Mapping[str, Sequence[Predictions]]) -> list[dict[s
             keeps = [np.ones(len(p.label_B), bool) if group is None else p.group_B == group for p in seeds]
             value_S = [auc(p.label_B[keep_B], p.score_B[keep_B]) for p, keep_B in zip(seeds, keeps, strict=True)]
             spread = float(np.std(value_S, ddof=1)) if len(value_S) > 1 else 0.0
-            row[name] = {"mean": float(np.mean(value_S)), "std": spread}
+            row[name] = {"mean": _clean(float(np.mean(value_S))), "std": _clean(spread)}
         rows.append(row)
     return rows
 

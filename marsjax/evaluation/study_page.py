@@ -110,9 +110,13 @@ def beside_the_paper(result: Results) -> Table:
 
 def validation(result: Results) -> Table:
     """What choices are made by."""
+
+    def shown(value: Mapping[str, Any]) -> str:
+        return "-" if value["mean"] is None else f"{value['mean']:.4f} ± {value['std']:.4f}"
+
     lines = tuple(
-        (row["method"], *(f"{row[key]['mean']:.4f} ± {row[key]['std']:.4f}" for key in ("auc_low", "auc_all")))
-        for row in sorted(result["validation"], key=lambda row: -row["auc_low"]["mean"])
+        (row["method"], shown(row["auc_low"]), shown(row["auc_all"]))
+        for row in sorted(result["validation"], key=lambda row: -(row["auc_low"]["mean"] or 0.0))
     )
     return Table("AUC of validation rows, by which variants are chosen", ("method", "low-active", "all"), lines)
 
