@@ -91,7 +91,8 @@ def _mixup(
     """BASRec: histories mixed with their views, and what is pooled of the plain histories mixed across rows.
 
     Means over the views and over the mixtures, so that the weights do not depend on how many there are. Mixed rows keep
-    user and numbers of their own: these have no mixture of a meaning.
+    user and numbers of their own: these have no mixture of a meaning. The source trains the plain model first and adds
+    these losses in a second stage; here they count from the first step, so that all methods take the same steps.
     """
     lambda_key, partner_key = jax.random.split(key)
     target_BD, (own_BWD, *views), seen = _embedded_views(part, batch, tables)
