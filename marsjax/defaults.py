@@ -30,6 +30,7 @@ def default_config(preset: str = "mars") -> ConfigDict:
     data.min_item_events = 1  # items with fewer events are dropped
     data.min_user_events = 1
     data.sample_users = 0  # only so many users, drawn with split.seed; 0: all
+    data.permute_labels = False  # a control: each user's labels in random order; a per-user AUC above 0.5 is a leak
     data.strict = False  # refuse bad rows instead of dropping them
     data.columns = columns = ConfigDict()  # tabular: our name -> the file's name
     columns.user = "user"

@@ -28,6 +28,7 @@ from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
 from marsjax.ctr.items import content_table, padded_tables
 from marsjax.data import batches, inspection
 from marsjax.data.movielens import load_movielens
+from marsjax.data.permutation import permute_labels
 from marsjax.data.priors import prior_numbers
 from marsjax.data.sampling import sample_users
 from marsjax.data.splits import make_rows
@@ -144,6 +145,11 @@ def reproduce(
     dataset = read(first)
     tell(dataset.problems)
     stages, sections = Stages(workdir), []
+
+    @functools.lru_cache(maxsize=1)
+    def permuted() -> Dataset:
+        return permute_labels(dataset, seed=config.split.seed)
+
     for part in plan:
         asked = not names or part.name in names
         results: dict[str, Any] = {}
@@ -155,7 +161,7 @@ def reproduce(
             known = files.read_json(path) if path.exists() else {}
             if known.get("fingerprint") != key and asked:
                 try:
-                    loaded = load(changed, dataset)
+                    loaded = load(changed, permuted() if changed.data.permute_labels else dataset)
                 except ValueError as error:  # this cell asks of the data what they do not have
                     log.warning("%s cannot be run: %s", cell.name, error)
                     refused[cell.name] = str(error)
@@ -327,6 +333,8 @@ def check(config: ConfigDict) -> None:
 def read(config: ConfigDict) -> Dataset:
     """Reads, checks and numbers the data."""
     dataset = SOURCES[config.data.source](config.data)
+    if config.data.permute_labels:
+        dataset = permute_labels(dataset, seed=config.split.seed)
     return (
         sample_users(dataset, config.data.sample_users, seed=config.split.seed) if config.data.sample_users else dataset
     )

@@ -152,6 +152,21 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "Losses that align text and images, signs of the entropy, and what else decides who is similar.",
             tuple(variant("alignment", label, changes) for label, changes in objectives.items()),
         ),
+        Part(
+            "leak",
+            "Does a label leak?",
+            "sparse",
+            "Each user's labels are put in random order, so that nothing is left to learn of what a user likes: GAUC is "
+            "0.5 but for noise, unless a label leaks into what a method lends.",
+            (
+                Cell(
+                    "leak_strong", "labels permuted",
+                    tuple(name for name in ("base", "mars", *VARIANTS, "everybody_votes", "collaborative_vote",
+                                            "short_histories") if name in known),
+                    {"ctr.inputs": "strong", "data.permute_labels": "true", "split.kind": "last_fraction"}, 1.0,
+                ),
+            ),
+        ),
         sweep("theta", "How much is kept", "augmentation.theta_quantile", ("0", "0.25", "0.5", "0.75"), "Eq. 17."),
         sweep("beta", "Weight of the Stein loss", "alignment.beta", ("0.01", "0.1", "1"), "Eq. 14."),
         sweep("lambda", "Weight of the entropy", "alignment.lambda_", ("0.0003", "0.003", "0.03"), "Eq. 8."),

@@ -8,6 +8,7 @@ import pytest
 from marsjax import pipeline, study
 from marsjax.augmentation.methods import METHODS
 from marsjax.configuration import load_config
+from marsjax.data.permutation import permute_labels
 from marsjax.data.sampling import sample_users
 from marsjax.data.synthetic import make_synthetic
 from marsjax.evaluation import study_page
@@ -122,3 +123,15 @@ def test_a_sample_of_users_keeps_their_events_as_they_were():
             np.testing.assert_array_equal(getattr(part.log, field)[mine], getattr(whole.log, field)[theirs])
         np.testing.assert_array_equal(part.oracle_E[mine], whole.oracle_E[theirs])
     assert sample_users(whole, 60, seed=0) is whole
+
+
+def test_permuted_labels_keep_every_user_s_count_and_nothing_else_changes():
+    whole = make_synthetic(n_users=60, n_items=40, n_types=4, n_topics=8, topics_per_type=2, high_events=(20, 30))
+    part = permute_labels(whole, seed=0)
+    for user in range(60):
+        mine = slice(whole.log.start_U1[user], whole.log.start_U1[user + 1])
+        assert part.log.label_E[mine].sum() == whole.log.label_E[mine].sum()
+    assert (part.log.label_E != whole.log.label_E).any()
+    assert part.fingerprint != whole.fingerprint
+    assert part.oracle_E is None
+    np.testing.assert_array_equal(part.log.item_E, whole.log.item_E)

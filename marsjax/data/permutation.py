@@ -1,0 +1,24 @@
+"""A control without signal: labels permuted within users."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from marsjax.files import digest_json
+from marsjax.records import Dataset
+
+
+def permute_labels(dataset: Dataset, *, seed: int) -> Dataset:
+    """Each user's labels in random order: how much a user likes stays, what it likes is gone.
+
+    A per-user AUC is then 0.5 but for noise, whatever is done; anything above is a label that leaks. The oracle, which
+    belongs to the labels that were, is dropped.
+    """
+    log = dataset.log
+    user_E = np.repeat(np.arange(len(log.start_U1) - 1), np.diff(log.start_U1))
+    order_E = np.lexsort((np.random.default_rng(seed).random(len(user_E)), user_E))
+    return dataset._replace(
+        log=log._replace(label_E=log.label_E[order_E]),
+        oracle_E=None,
+        fingerprint=digest_json([dataset.fingerprint, "permuted", seed]),
+    )
