@@ -26,7 +26,15 @@ def get_config(variant: str = ""):
     config.augmentation.theta_quantile = 0.25
     config.ctr.batch_size = 256
     config.ctr.epochs = 5
-    config.evaluation.methods = ("base", "random_donor", "mars", "mars_without_target")
+    config.evaluation.methods = (
+        "base",
+        "random_donor",
+        "mars",
+        "mars_without_target",
+        "mars_vote",
+        "everybody_votes",
+        "collaborative_vote",
+    )
     if "unaligned" in options:
         config.alignment.beta = 0.0
     if "shuffled" in options:

@@ -156,8 +156,8 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "leak",
             "Does a label leak?",
             "sparse",
-            "Each user's labels are put in random order, so that nothing is left to learn of what a user likes: GAUC is "
-            "0.5 but for noise, unless a label leaks into what a method lends.",
+            "Each user's labels are put in random order, so that nothing is left to learn of what a user likes: GAUC "
+            "is 0.5 but for noise, unless a label leaks into what a method lends.",
             (
                 Cell(
                     "leak_strong", "labels permuted",
