@@ -154,3 +154,17 @@ def test_undefined_values_are_null():
     rows = rows_of(one_each)
     assert row_of(rows, method="mars", group="all", metric="gauc")["mean"] is None
     assert "gauc" not in report.as_table(rows)
+
+
+def test_comparisons_of_two_methods_stand_in_tables_of_their_own():
+    strength = (("base", 0.2), ("mars", 1.0), ("other", 0.5), ("vote", 1.5))
+    results = {name: [predictions(s, seed) for seed in range(2)] for name, s in strength}
+    evaluated = report.evaluate(results, n_resamples=50)
+    compared = [row for name in ("mars", "vote") for row in report.comparisons(evaluated, method=name)]
+    text = report.as_markdown(rows_of(results), compared)
+    for name, others in (("mars", ("other", "vote")), ("vote", ("mars", "other"))):
+        _, _, table = text.partition(f"| {name} minus |")
+        lines = table.split("\n\n")[0].splitlines()[2:]
+        assert [line.split("|")[1].strip() for line in lines] == list(others)
+    differences = [row["difference"] for row in compared if row["method"] == "vote" and row["against"] == "mars"]
+    assert all(f"{difference:+.4f}" in text for difference in differences)

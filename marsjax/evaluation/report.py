@@ -221,8 +221,14 @@ def _difference(row: Mapping[str, Any], p: float) -> str:
     return f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], p {p:.3f}{by_seeds}"
 
 
+def families(compared: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The comparisons of each method with the others, apart."""
+    names = dict.fromkeys(row["method"] for row in compared)
+    return [[row for row in compared if row["method"] == name] for name in names]
+
+
 def comparison_cells(compared: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table of comparisons."""
+    """Header and lines of the table of one method's comparisons."""
     columns = list(dict.fromkeys((row["metric"], row["group"]) for row in compared))
     by_key = {(row["against"], row["metric"], row["group"]): row for row in compared}
     header = [f"{compared[0]['method']} minus", *(f"{metric} {group} [95%], Holm's p" for metric, group in columns)]
@@ -236,7 +242,7 @@ def comparison_cells(compared: Sequence[Mapping[str, Any]]) -> tuple[list[str], 
 def as_table(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]] = ()) -> str:
     """Plain text for a terminal."""
     text = [title(rows)]
-    for header, lines in [cells(rows)] + ([comparison_cells(compared)] if compared else []):
+    for header, lines in [cells(rows), *(comparison_cells(family) for family in families(compared))]:
         widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
         padded = [
             "  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip()
@@ -249,7 +255,7 @@ def as_table(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, 
 def as_markdown(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]] = ()) -> str:
     """Markdown tables."""
     text = [title(rows), ""]
-    for header, lines in [cells(rows)] + ([comparison_cells(compared)] if compared else []):
+    for header, lines in [cells(rows), *(comparison_cells(family) for family in families(compared))]:
         text += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)] + [""]
     return "\n".join(text)
 

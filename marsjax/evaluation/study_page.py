@@ -50,10 +50,10 @@ def of_methods(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
         for group in ("low", "all"):
             drawn += gains(result, group, "auc")
         drawn.append(beside_the_paper(result))
-        for chosen in dict.fromkeys(row["method"] for row in result["comparisons"]):
-            compared = [row for row in result["comparisons"] if row["method"] == chosen]
+        for compared in report.families(result["comparisons"]):
             header, lines = report.comparison_cells(compared)
-            drawn.append(Table(f"{chosen} against the others", tuple(header), tuple(map(tuple, lines))))
+            caption = f"{compared[0]['method']} against the others"
+            drawn.append(Table(caption, tuple(header), tuple(map(tuple, lines))))
         drawn.append(validation(result))
         drawn += by_length(result)
     return tuple(drawn)
