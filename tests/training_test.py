@@ -211,8 +211,12 @@ def finish(process):
     return output
 
 
-@pytest.mark.parametrize("stage", ["alignment", "dice"])
-def test_one_device_equals_eight(tmp_path, stage):
+@pytest.mark.parametrize(
+    # Of contrastive losses Adam makes steps of small gradients, the last digits of sums over all rows.
+    ("stage", "after_steps"),
+    [("alignment", 1e-5), ("dice", 1e-5), ("cl4srec", 1e-4), ("basrec", 1e-5)],
+)
+def test_one_device_equals_eight(tmp_path, stage, after_steps):
     """Losses, gradients, and parameters after 20 steps agree for one device, pmap and shard_map over 8.
 
     Gradients are read off Adam's first moment after one step, since the parameters hardly depend on their scale.
@@ -228,7 +232,8 @@ def test_one_device_equals_eight(tmp_path, stage):
             for name in names:
                 other = out[name.replace("single", mode)]
                 scale = np.abs(out[name]).max() + 1e-12
-                assert np.abs(other - out[name]).max() / scale < 1e-5, name
+                tolerance = after_steps if name.startswith("single_params") else 1e-5
+                assert np.abs(other - out[name]).max() / scale < tolerance, name
 
 
 @pytest.mark.parametrize(("stage", "kills"), [("dice", 3), ("alignment", 2)])

@@ -1,9 +1,10 @@
 """Run by training_test.py in processes of their own, where the number of devices is set or a kill does no harm.
 
-python training_worker.py compare alignment|dice OUT.npz
-python training_worker.py train alignment|dice FOLDER
+python training_worker.py compare alignment|dice|cl4srec|basrec OUT.npz
+python training_worker.py train alignment|dice|cl4srec|basrec FOLDER
 """
 
+import functools
 import logging
 import pathlib
 import sys
@@ -13,8 +14,10 @@ import numpy as np
 import optax
 
 from marsjax import alignment
+from marsjax.augmentation import baselines
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import make_backbone
+from marsjax.ctr.items import padded_tables
 from marsjax.data import batches
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
@@ -26,6 +29,8 @@ from marsjax.training.step import init_state
 CTR = {
     "backbone": "din",
     "user_id": True,
+    "inputs": "ids",
+    "content": 0,
     "embedding": 4,
     "tower": (8,),
     "attention": (8,),
@@ -41,19 +46,29 @@ def data():
     return dataset, make_rows(dataset.log, split="leave_one_out")
 
 
-def click_stage(size):
+def click_stage(size, baseline=None):
     dataset, rows = data()
     train_E = np.flatnonzero(rows.split_E == TRAIN)
-    source, per_epoch = batches.ctr_source(
-        dataset.log, rows, train_E, size=size, cap=20, buckets=(10, 20), epochs=3, seed=0
-    )
     items = dataset.items
-    model = make_backbone(
-        CTR, n_items=len(items.raw_id_N), n_categories=len(items.category_names), n_users=len(rows.group_U)
+    n_items, viewing, beside = len(items.raw_id_N), None, None
+    if baseline is not None:
+        similar_NK = baselines.similar_items(baseline, dataset.log, rows, n_items=n_items)
+        settings = baselines.Settings(view_length=10)
+        viewing = baselines.viewing(baseline, settings, n_items=n_items, similar_NK=similar_NK)
+        beside = baselines.BASELINES[baseline].objective("paper")
+    source, per_epoch = batches.ctr_source(
+        dataset.log, rows, train_E, size=size, cap=20, buckets=(10, 20), epochs=3, seed=0, viewing=viewing
     )
-    tables = ItemTables(items.category_NG)
+    model = make_backbone(
+        CTR,
+        n_items=n_items + 1,  # and a mask
+        n_categories=len(items.category_names),
+        n_users=len(rows.group_U),
+        n_features=0,
+    )
+    tables = padded_tables(ItemTables(items.category_NG), n_items + 1)
     return (
-        (lambda mode: objective.lifted_step(model, SETTINGS, mode)),
+        (lambda mode: objective.lifted_step(model, SETTINGS, mode, beside)),
         objective.init_model(model, tables, seed=0),
         source,
         tables,
@@ -79,7 +94,12 @@ def alignment_stage(size):
     return (lambda mode: alignment.lifted_step(encoder, weights, SETTINGS, mode)), variables, source, tables
 
 
-STAGES = {"alignment": alignment_stage, "dice": click_stage}
+STAGES = {
+    "alignment": alignment_stage,
+    "dice": click_stage,
+    "cl4srec": functools.partial(click_stage, baseline="cl4srec"),
+    "basrec": functools.partial(click_stage, baseline="basrec"),
+}
 
 
 def compare(stage, path, steps=20):
