@@ -34,23 +34,29 @@ def feature_tables(items: Items, modalities: tuple[str, ...]) -> FeatureTables:
 
     Raises ValueError for a modality that the items lack.
     """
+    check_modalities(items, modalities)
     features, present = {}, {}
+    for name in modalities:
+        feature_NF, present_N = items.modalities[name]
+        moved_NF = (feature_NF - feature_NF[present_N].mean(axis=0)) * present_N[:, None]
+        features[name] = (moved_NF / max(float(moved_NF[present_N].std()), 1e-12)).astype(np.float32)
+        present[name] = present_N
+    return FeatureTables(features, present)
+
+
+def check_modalities(items: Items, modalities: tuple[str, ...]) -> None:
+    """Raises ValueError for a modality that the items lack."""
     for name in modalities:
         if name not in items.modalities:
             raise ValueError(
                 f"alignment.modalities: expected modalities of the data, {sorted(items.modalities)}, found {name!r}; "
                 f"set --config.alignment.modalities={','.join(items.modalities)}, or give --config.data.{name}_features"
             )
-        feature_NF, present_N = items.modalities[name]
-        if not present_N.any():
+        if not items.modalities[name].present_N.any():
             raise ValueError(
                 f"modality {name!r}: expected features of at least one item, found none; the ids of the feature file "
                 "and of the items must be the same"
             )
-        moved_NF = (feature_NF - feature_NF[present_N].mean(axis=0)) * present_N[:, None]
-        features[name] = (moved_NF / max(float(moved_NF[present_N].std()), 1e-12)).astype(np.float32)
-        present[name] = present_N
-    return FeatureTables(features, present)
 
 
 def matched_kernel(query_ND: Array, key_ND: Array, both_N: Array) -> jax.Array:

@@ -327,6 +327,14 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.seeds expects at least one seed, each once, got {tuple(config.seeds)}")
     if config.retrieval.prefix_stride < 0:
         raise ValueError(f"config.retrieval.prefix_stride expects 0 or more, got {config.retrieval.prefix_stride}")
+    for key, value, low, high in (
+        ("votes.sharpness", config.votes.sharpness, 0.0, 50.0),  # exp of more has no float32
+        ("votes.evidence", config.votes.evidence, 0.0, math.inf),
+        ("votes.shrink", config.votes.shrink, 1e-6, math.inf),  # 0: no vote where no donor knows the target
+        ("short.share", config.short.share, 0.0, 1.0),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"config.{key} expects a number from {low:g} to {high:g}, got {value}")
     mars.check_theta(config.augmentation.theta, config.augmentation.theta_quantile)
 
 
@@ -381,6 +389,7 @@ def load(config: ConfigDict, dataset: Dataset | None = None) -> Loaded:
                 "and see `marsjax inspect`"
             )
     find_donors(rows, cap=1)  # refuses data without
+    alignment.check_modalities(dataset.items, tuple(config.alignment.modalities))
     is_strong = config.ctr.inputs == "strong"
     return Loaded(
         dataset,
@@ -423,7 +432,8 @@ def align_stage(context: Context) -> Space:
         seed=seed,
     )
     _, per_epoch = make_source(steps=1)
-    source, _ = make_source(steps=max(1, round(cfg.epochs * per_epoch)))
+    steps = max(1, round(cfg.epochs * per_epoch)) if cfg.epochs else 0  # 0: the encoder as it was drawn
+    source, _ = make_source(steps=max(1, steps))
     template = encoder.init(jax.random.key(seed), source[0], tables)["params"]
     key = fingerprint("alignment", loaded.fingerprint, to_json(cfg), seed)
 
@@ -440,8 +450,8 @@ def align_stage(context: Context) -> Space:
             batches.iterate(source),
             tables,
             schedule=loop.Schedule(
-                steps=len(source),
-                steps_per_evaluation=max(1, math.ceil(len(source) / 8)),
+                steps=steps,
+                steps_per_evaluation=max(1, math.ceil(steps / 8)),
                 checkpoint_seconds=config.training.checkpoint_seconds,
                 log_steps=config.training.log_steps,
             ),
@@ -662,7 +672,8 @@ def run_cell(config: ConfigDict, stages: Stages, loaded: Loaded, *, command: str
 
 def full_history(config: ConfigDict, stages: Stages, loaded: Loaded) -> list[Predictions]:
     """The ceiling of sparse users: the base model with whole histories, on the same rows."""
-    whole = with_changes(config, {"split.sparse_fraction": "0"})
+    # How many events sparse users keep changes nothing here: told as by default, it is one stage for all of them.
+    whole = with_changes(config, {"split.sparse_fraction": "0", "split.sparse_events": "5"})
     full = load(whole, loaded.dataset)
     group_B = predictions_of(loaded, np.zeros(len(loaded.rows.user_E), np.float32)).group_B
     out = []
@@ -739,7 +750,8 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
     donation = borrow(context)
     candidates = table.read_candidates(donation.folder / "candidates.npz")
     user_Q = donation.queries.user_Q
-    whole_Q = np.flatnonzero(np.append(user_Q[1:] != user_Q[:-1], True))
+    # Queries are sorted by user and end: the last of a user is the one with the whole training history.
+    whole_Q = len(user_Q) - 1 - np.unique(user_Q[::-1], return_index=True)[1]
     chosen_Q = np.random.default_rng(seed).permutation(whole_Q)[:count]
     folder = pathlib.Path(config.data.folder, config.data.image_folder) if config.data.image_folder else None
 

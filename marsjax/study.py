@@ -156,8 +156,10 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "leak",
             "Does a label leak?",
             "sparse",
-            "Each user's labels are put in random order, so that nothing is left to learn of what a user likes: GAUC "
-            "is 0.5 but for noise, unless a label leaks into what a method lends.",
+            "Each user's labels are put in random order, so that nothing is left to learn of what a user likes, and a "
+            "GAUC above 0.5, but for noise, is a label that leaks. It can be below: strong inputs hold the labels of "
+            "the user's earlier test rows, and of two rows with different labels the later one has the other's in its "
+            "history, so that rates of likes put the wrong one first. A leak may then show as a GAUC above the base's.",
             (
                 Cell(
                     "leak_strong", "labels permuted",

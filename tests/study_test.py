@@ -2,16 +2,22 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from marsjax import pipeline, study
 from marsjax.augmentation.methods import METHODS
 from marsjax.configuration import load_config
+from marsjax.data import batches
 from marsjax.data.permutation import permute_labels
 from marsjax.data.sampling import sample_users
 from marsjax.data.synthetic import make_synthetic
-from marsjax.evaluation import study_page
+from marsjax.evaluation import report, study_page
+from marsjax.evaluation.metrics import gauc
+from marsjax.evaluation.plots import svg
+from marsjax.records import Predictions
+from marsjax.stages import Stages
 
 KNOWN = frozenset(METHODS)
 TINY = {
@@ -135,3 +141,85 @@ def test_permuted_labels_keep_every_user_s_count_and_nothing_else_changes():
     assert part.fingerprint != whole.fingerprint
     assert part.oracle_E is None
     np.testing.assert_array_equal(part.log.item_E, whole.log.item_E)
+
+
+def test_what_was_just_liked_puts_permuted_labels_on_the_wrong_side():
+    """Why the part `leak` must not find 0.5 exactly: rates of likes hold the labels of the user's earlier rows."""
+    n_users, n_events, n_test = 2000, 20, 5
+    dataset = make_synthetic(n_users=60, n_items=40, n_types=4, n_topics=8, topics_per_type=2, high_events=(20, 30))
+    rng = np.random.default_rng(0)
+    log = dataset.log._replace(
+        start_U1=np.arange(n_users + 1) * n_events,
+        label_E=(rng.random(n_users * n_events) < 0.5).astype(np.float32),
+    )
+    label_UE = permute_labels(dataset._replace(log=log), seed=1).log.label_E.reshape(n_users, n_events)
+    rate_UE = (np.cumsum(label_UE, axis=1) - label_UE) / np.maximum(np.arange(n_events), 1)
+    user_B = np.repeat(np.arange(n_users), n_test)
+    seen, unseen = (
+        gauc(user_B, label_UE[:, -n_test:].ravel(), score_UE[:, -n_test:].ravel()).value
+        for score_UE in (rate_UE, rng.random(rate_UE.shape))
+    )
+    assert seen < 0.3
+    assert abs(unseen - 0.5) < 0.03
+
+
+def test_a_cell_with_a_modality_that_the_data_lack_is_refused_and_the_rest_runs(config, tmp_path, monkeypatch):
+    dataset = make_synthetic(**pipeline.to_json(config.data.synthetic))
+    text_only = dataset.items._replace(modalities={"text": dataset.items.modalities["text"]})
+    monkeypatch.setitem(pipeline.SOURCES, "synthetic", lambda data: dataset._replace(items=text_only))
+    monkeypatch.setattr(pipeline, "run_cell", lambda *_, **__: {"rows": [], "comparisons": []})
+    cells = tuple(study.Cell(name, name, ("base",), {"alignment.modalities": name}) for name in ("text", "image"))
+    monkeypatch.setattr(study, "full", lambda known: (study.Part("table3", "Table 3", "statistics", "Parts.", cells),))
+    config.alignment.modalities = ("text",)
+    pipeline.reproduce(config, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "image: cannot be run on these data (alignment.modalities: expected modalities of the data" in text
+    assert (tmp_path / "cells" / "text.json").is_file()
+
+
+def test_without_low_active_users_there_are_no_cases(config, tmp_path):
+    config.unlock()
+    config.split.low_fraction, config.alignment.epochs = 0.0, 0.0
+    assert pipeline.cases(pipeline.Context(config, pipeline.load(config), Stages(tmp_path), 0)) == ()
+
+
+def test_without_epochs_the_encoder_stays_as_it_was_drawn(config, tmp_path):
+    spaces = []
+    for epochs in (0.0, 0.01):
+        config.unlock()
+        config.alignment.epochs = epochs
+        context = pipeline.Context(config, pipeline.load(config), Stages(tmp_path), 0)
+        spaces.append(pipeline.align_stage(context))
+    drawn = spaces[0].encoder.init(jax.random.key(0), _first_batch(context), spaces[0].tables)["params"]
+    untrained, trained = (jax.tree.leaves(space.params) for space in spaces)
+    for expected, found in zip(jax.tree.leaves(drawn), untrained, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert any((a != b).any() for a, b in zip(trained, untrained, strict=True))
+
+
+def _first_batch(context):
+    source, _ = batches.alignment_source(
+        context.loaded.dataset.log, context.loaded.rows, blocks=2, targets=2, length=3, stein_items=4, steps=1, seed=0
+    )
+    return source[0]
+
+
+def test_users_without_training_events_have_a_place_in_the_plot_of_lengths():
+    user_B, label_B = np.repeat(np.arange(4, dtype=np.int32), 5), np.tile([0, 1, 0, 1, 1], 4).astype(np.float32)
+    score_B, group_B = np.linspace(0.1, 0.9, 20), np.zeros(20, np.int8)
+    seeds = [Predictions(user_B, user_B, label_B, score_B, group_B)]
+    results = {"base": seeds, "mars": seeds}
+    for length_U in ([0, 2, 3, 4], [1, 2, 3, 4]):
+        found = {"by_length": report.length_rows(results, np.array(length_U), bins=4)}
+        (plot,) = study_page.by_length(found)
+        assert "no data" not in svg(plot)
+        assert plot.log_x == (length_U[0] > 0)
+
+
+def test_the_ceiling_of_sparse_users_is_one_stage_whatever_they_keep(config, tmp_path):
+    config.unlock()
+    config.ctr.epochs, config.split.kind, config.split.sparse_fraction = 1, "last_fraction", 0.3
+    for count in (3, 6):
+        config.split.sparse_events = count
+        pipeline.full_history(config, Stages(tmp_path), pipeline.load(config))
+    assert len(list((tmp_path / "stages").glob("base-*"))) == 1

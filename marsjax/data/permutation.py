@@ -11,8 +11,10 @@ from marsjax.records import Dataset
 def permute_labels(dataset: Dataset, *, seed: int) -> Dataset:
     """Each user's labels in random order: how much a user likes stays, what it likes is gone.
 
-    A per-user AUC is then 0.5 but for noise, whatever is done; anything above is a label that leaks. The oracle, which
-    belongs to the labels that were, is dropped.
+    A per-user AUC above 0.5, but for noise, is then a label that leaks. A model that sees no labels of earlier rows has
+    0.5; one that does can have less: of two rows of a user with different labels the later one has the other's in its
+    history, so whoever takes likes for a sign of more likes puts the wrong one first. The oracle, which belongs to the
+    labels that were, is dropped.
     """
     log = dataset.log
     user_E = np.repeat(np.arange(len(log.start_U1) - 1), np.diff(log.start_U1))

@@ -132,7 +132,10 @@ def by_length(result: Results) -> list[Plot]:
     caption = "Gain in AUC over the base by the user's own history (tenths of the test rows)"
     if not shown:
         return []
-    return [Plot(caption, "lines", "training events", "AUC minus the base's", tuple(shown), log_x=True, zero_line=True)]
+    log_x = all(length > 0 for line in shown for length in line.x if length is not None)  # new users have none
+    return [
+        Plot(caption, "lines", "training events", "AUC minus the base's", tuple(shown), log_x=log_x, zero_line=True)
+    ]
 
 
 def of_variants(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
