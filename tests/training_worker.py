@@ -1,7 +1,7 @@
 """Run by training_test.py in processes of their own, where the number of devices is set or a kill does no harm.
 
-python training_worker.py compare alignment|dice|cl4srec|basrec OUT.npz
-python training_worker.py train alignment|dice|cl4srec|basrec FOLDER
+python training_worker.py compare alignment|dice|cl4srec OUT.npz
+python training_worker.py train alignment|dice|cl4srec FOLDER
 """
 
 import functools
@@ -98,7 +98,6 @@ STAGES = {
     "alignment": alignment_stage,
     "dice": click_stage,
     "cl4srec": functools.partial(click_stage, baseline="cl4srec"),
-    "basrec": functools.partial(click_stage, baseline="basrec"),
 }
 
 
