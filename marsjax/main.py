@@ -51,7 +51,7 @@ COMMANDS = {
 # fmt: on
 FLAG_HELP = {
     "output": "where to write (default: in --workdir; for score, beside the requests)",
-    "quick": "a small version in about 10 minutes: some users, one seed, one epoch",
+    "quick": "a small version: some users, one seed, one epoch, few cells",
     "parts": "run these alone, joined by commas: table1, table2_ids, sparse_strong, ... (default: all)",
     "bundle": "folder that `marsjax export` wrote",
     "requests": 'JSON lines: {"user": ID, "items": [ID, ...]}, and if you like "history": [ID, ...] and "time": NUMBER',
