@@ -18,7 +18,7 @@ def read(name):
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["synthetic", "ml1m"])
+@pytest.mark.parametrize("name", ["synthetic", "ml1m", "ml1m_sparse5_strong"])
 def test_readme_quotes_the_committed_results(name):
     results = read(name)
     assert report.as_markdown(results["rows"], results["comparisons"]).strip() in (ROOT / "README.md").read_text()
