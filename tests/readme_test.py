@@ -31,7 +31,7 @@ def test_results_have_the_keys_that_other_programs_read(path):
     assert "+changes" not in results["commit"]
     for row in results["rows"]:
         assert set(row) >= (QUALITY if "method" in row else PERFORMANCE)
-        assert row.get("method", "base") in {*METHODS, "best_possible"}
+        assert row.get("method", "base") in {*METHODS, "best_possible", "full_history"}
 
 
 def difference(name, method, group):
