@@ -134,3 +134,10 @@ def test_chunks_change_nothing(data, monkeypatch):
     whole = votes.vote(log, rows, voters, item_ND, asks_R, votes.Settings())
     monkeypatch.setattr(votes, "CHUNK", 7)
     np.testing.assert_allclose(votes.vote(log, rows, voters, item_ND, asks_R, votes.Settings()), whole, rtol=1e-5)
+
+
+def test_tables_too_large_for_memory_are_refused(data, monkeypatch):
+    log, rows, item_ND, donors, _ = data
+    monkeypatch.setattr(votes, "LARGEST", N * len(donors) - 1)
+    with pytest.raises(ValueError, match=f"found 15 x {len(donors)}; lower split.high_fraction"):
+        votes.make_voters(log, rows, donors, item_ND)

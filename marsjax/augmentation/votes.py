@@ -21,6 +21,7 @@ from marsjax.data.histories import ragged_histories
 from marsjax.records import TRAIN, Array, Log, Rows
 
 CHUNK = 2048  # rows at a time
+LARGEST = 2**30  # items x donors: 13 bytes each
 PRIOR = 5.0  # events that the overall rate counts for in the rate of likes of an item or a donor
 
 
@@ -49,8 +50,15 @@ def make_voters(log: Log, rows: Rows, user_P: np.ndarray, item_ND: np.ndarray) -
 
     A donor's profile is the sum of the item vectors of its training events, each weighted by label less the item's
     usual rate: a like of what everybody likes says little about taste, and meeting without a like says the opposite.
+
+    Raises ValueError where the table of opinions would not fit into memory.
     """
     n_items, n_donors = len(item_ND), len(user_P)
+    if n_items * n_donors > LARGEST:
+        raise ValueError(
+            f"votes: expected at most {LARGEST:,} pairs of items and donors in memory, found {n_items:,} x {n_donors:,}; "
+            "lower split.high_fraction, raise data.min_item_events, or leave out the methods that vote"
+        )
     position_U = np.full(len(rows.group_U), -1)
     position_U[user_P] = np.arange(n_donors)
     event_X = np.flatnonzero((rows.split_E == TRAIN) & (position_U[rows.user_E] >= 0))
