@@ -56,7 +56,7 @@ def make_voters(log: Log, rows: Rows, user_P: np.ndarray, item_ND: np.ndarray) -
     n_items, n_donors = len(item_ND), len(user_P)
     if n_items * n_donors > LARGEST:
         raise ValueError(
-            f"votes: expected at most {LARGEST:,} pairs of items and donors in memory, found {n_items:,} x {n_donors:,}; "
+            f"votes: expected at most {LARGEST:,} pairs of items and donors, found {n_items:,} x {n_donors:,}; "
             "lower split.high_fraction, raise data.min_item_events, or leave out the methods that vote"
         )
     position_U = np.full(len(rows.group_U), -1)
