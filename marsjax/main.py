@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
         "MARSJAX_DEBUG=1 shows the traceback of an error.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"marsjax {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"marsjax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         example = "--config=configs/synthetic.py" if command.needs_config else "--bundle=DIR --requests=FILE.jsonl"
