@@ -60,7 +60,7 @@ ALL = [
      "inputs": inputs}
     for backbone, softmax in (("din", True), ("din", False), ("dnn", True))
     for activation in ("prelu", "dice")
-    for user_id, inputs in ((True, "strong"), (False, "ids"), (False, "strong"))
+    for user_id, inputs in ((True, "strong"), (False, "ids"))
 ]  # fmt: skip
 
 

@@ -212,9 +212,9 @@ def finish(process):
 
 
 @pytest.mark.parametrize(
-    # Of contrastive losses Adam makes steps of small gradients, the last digits of sums over all rows.
+    # That devices agree on the losses on views is tested where these are, without processes.
     ("stage", "after_steps"),
-    [("alignment", 1e-5), ("dice", 1e-5), ("cl4srec", 1e-4)],
+    [("alignment", 1e-5), ("dice", 1e-5)],
 )
 def test_one_device_equals_eight(tmp_path, stage, after_steps):
     """Losses, gradients, and parameters after 20 steps agree for one device, pmap and shard_map over 8.

@@ -1,10 +1,9 @@
 """Run by training_test.py in processes of their own, where the number of devices is set or a kill does no harm.
 
-python training_worker.py compare alignment|dice|cl4srec OUT.npz
-python training_worker.py train alignment|dice|cl4srec FOLDER
+python training_worker.py compare alignment|dice OUT.npz
+python training_worker.py train alignment|dice FOLDER
 """
 
-import functools
 import logging
 import pathlib
 import sys
@@ -14,10 +13,8 @@ import numpy as np
 import optax
 
 from marsjax import alignment
-from marsjax.augmentation import baselines
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import make_backbone
-from marsjax.ctr.items import padded_tables
 from marsjax.data import batches
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
@@ -46,29 +43,23 @@ def data():
     return dataset, make_rows(dataset.log, split="leave_one_out")
 
 
-def click_stage(size, baseline=None):
+def click_stage(size):
     dataset, rows = data()
     train_E = np.flatnonzero(rows.split_E == TRAIN)
     items = dataset.items
-    n_items, viewing, beside = len(items.raw_id_N), None, None
-    if baseline is not None:
-        similar_NK = baselines.similar_items(baseline, dataset.log, rows, n_items=n_items)
-        settings = baselines.Settings(view_length=10)
-        viewing = baselines.viewing(baseline, settings, n_items=n_items, similar_NK=similar_NK)
-        beside = baselines.BASELINES[baseline].objective("paper")
     source, per_epoch = batches.ctr_source(
-        dataset.log, rows, train_E, size=size, cap=20, buckets=(10, 20), epochs=3, seed=0, viewing=viewing
+        dataset.log, rows, train_E, size=size, cap=20, buckets=(10, 20), epochs=3, seed=0
     )
     model = make_backbone(
         CTR,
-        n_items=n_items + 1,  # and a mask
+        n_items=len(items.raw_id_N),
         n_categories=len(items.category_names),
         n_users=len(rows.group_U),
         n_features=0,
     )
-    tables = padded_tables(ItemTables(items.category_NG), n_items + 1)
+    tables = ItemTables(items.category_NG)
     return (
-        (lambda mode: objective.lifted_step(model, SETTINGS, mode, beside)),
+        (lambda mode: objective.lifted_step(model, SETTINGS, mode)),
         objective.init_model(model, tables, seed=0),
         source,
         tables,
@@ -97,7 +88,6 @@ def alignment_stage(size):
 STAGES = {
     "alignment": alignment_stage,
     "dice": click_stage,
-    "cl4srec": functools.partial(click_stage, baseline="cl4srec"),
 }
 
 
