@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from marsjax.augmentation.operators import MASKED, OWN, Pair, fill
-from marsjax.data.histories import gather_histories
+from marsjax.data.histories import feedback, gather_histories
 from marsjax.records import Borrowed, Histories, Queries
 
 CELLS = 2**20  # entries of the widest array at a time
@@ -84,7 +84,7 @@ def lend_chunks(
     at_S = start_Q[query_S] + column_S
     time_S[timed_S] = histories.time_H[at_S[timed_S]]
     feedback_S = np.zeros(len(query_S), np.int8)
-    feedback_S[own_S] = 1 + (histories.label_H[at_S[own_S]] > 0)
+    feedback_S[own_S] = feedback(histories.label_H[at_S[own_S]])
     return Borrowed(
         start_Q1=np.searchsorted(query_S, np.arange(len(budget_Q) + 1)).astype(np.int64),
         item_S=item_S,

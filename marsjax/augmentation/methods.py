@@ -10,7 +10,7 @@ import numpy as np
 
 from marsjax.augmentation import baselines, controls, votes
 from marsjax.augmentation.baselines import BASELINES
-from marsjax.data.histories import cut_histories
+from marsjax.data.histories import cut_histories, feedback
 from marsjax.records import HIGH, LOW, TRAIN, Augmentation, Borrowed, Donors, Log, Objective, Queries, Rows, Viewing
 
 
@@ -213,7 +213,7 @@ def opinions(log: Log, rows: Rows, borrowed: Borrowed, *, n_items: int) -> np.nd
     train_X = np.flatnonzero(rows.split_E == TRAIN)
     key_X = rows.user_E[train_X].astype(np.int64) * n_items + log.item_E[train_X]
     order_X = np.argsort(key_X, kind="stable")
-    key_X, mark_X = key_X[order_X], 1 + (log.label_E[train_X][order_X] > 0)
+    key_X, mark_X = key_X[order_X], feedback(log.label_E[train_X][order_X])
     key_S = borrowed.donor_S.astype(np.int64) * n_items + borrowed.item_S
     # Of several events with the item, the last one speaks.
     at_S = np.searchsorted(key_X, key_S, side="right") - 1

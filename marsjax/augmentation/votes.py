@@ -8,8 +8,6 @@ is special in its likes, not by the mean of all it met (Eq. 13).
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -99,8 +97,6 @@ def vote(
     item_ND: np.ndarray,
     row_R: np.ndarray,
     settings: Settings,
-    *,
-    advance: Callable[[int], None] = lambda n: None,
 ) -> np.ndarray:
     """The donors' vote on the target of each row and the weight behind it, [R, 2] float32.
 
@@ -130,11 +126,10 @@ def vote(
             (unit(history @ vector_ND), sharpness_C.astype(np.float32), target_C, allowed_CP),
         )
         out_R2[begin : begin + len(row_C)] = _vote(*padded, *arrays, settings.shrink)[: len(row_C)]
-        advance(len(row_C))
     return out_R2
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _vote(
     profile_CD: Array,
     sharpness_C: Array,

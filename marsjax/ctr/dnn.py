@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from marsjax.ctr.activations import Tower
-from marsjax.ctr.items import ItemEmbedding, feedback_embedding, parts_of, user_embedding
+from marsjax.ctr.items import ItemEmbedding, embed_rows, feedback_embedding, parts_of, tower_input, user_embedding
 from marsjax.records import CtrBatch, ItemTables
 
 
@@ -37,13 +37,7 @@ class Dnn(nn.Module):
 
     def embed(self, batch: CtrBatch, tables: ItemTables) -> tuple[jax.Array, jax.Array]:
         """Targets [B, D] and histories [B, L, D]."""
-        item_ND = self.items(tables)
-        target_BD, history_BLD = item_ND[batch.target_B], item_ND[batch.history_BL]
-        if self.feedback:
-            mark_BLD = self.marks(batch.feedback_BL)
-            history_BLD = jnp.concatenate([history_BLD, mark_BLD], axis=2)
-            target_BD = jnp.pad(target_BD, ((0, 0), (0, mark_BLD.shape[2])))
-        return target_BD, history_BLD
+        return embed_rows(self.items(tables), self.marks if self.feedback else None, batch)
 
     def pool(self, target_BD: jax.Array, history_BLD: jax.Array, batch: CtrBatch, *, train: bool) -> list[jax.Array]:
         """The mean of each part of the history, [B, D] each; the target is not read."""
@@ -57,14 +51,8 @@ class Dnn(nn.Module):
         self, target_BD: jax.Array, interests: Sequence[jax.Array], batch: CtrBatch, *, train: bool
     ) -> jax.Array:
         """Returns logit_B from what was pooled."""
-        features = [target_BD]
-        for mean_BD in interests:
-            features += [mean_BD, target_BD * mean_BD]
-        if self.n_users:
-            features.append(self.users(batch.user_B))
-        if batch.dense_BJ is not None:
-            features.append(batch.dense_BJ)
-        return self.score(jnp.concatenate(features, axis=1), batch.weight_B, train=train)
+        features_BF = tower_input(target_BD, interests, self.users if self.n_users else None, batch)
+        return self.score(features_BF, batch.weight_B, train=train)
 
     def __call__(self, batch: CtrBatch, tables: ItemTables, *, train: bool) -> jax.Array:
         """Returns logit_B. Padding of the history and of the batch changes nothing."""

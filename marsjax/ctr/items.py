@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -103,3 +105,27 @@ def user_embedding(n_users: int, width: int) -> Embedding:
 def feedback_embedding() -> Embedding:
     """Of the marks of history items: not known, not liked, liked."""
     return Embedding(3, FEEDBACK_WIDTH, stddev=0.5)
+
+
+def embed_rows(item_ND: jax.Array, marks: Embedding | None, batch: CtrBatch) -> tuple[jax.Array, jax.Array]:
+    """Targets [B, D] and histories [B, L, D]; with marks both have room for them, and targets have none."""
+    target_BD, history_BLD = item_ND[batch.target_B], item_ND[batch.history_BL]
+    if marks is not None:
+        mark_BLD = marks(batch.feedback_BL)
+        history_BLD = jnp.concatenate([history_BLD, mark_BLD], axis=2)
+        target_BD = jnp.pad(target_BD, ((0, 0), (0, mark_BLD.shape[2])))
+    return target_BD, history_BLD
+
+
+def tower_input(
+    target_BD: jax.Array, interests: Sequence[jax.Array], users: Embedding | None, batch: CtrBatch
+) -> jax.Array:
+    """What the tower reads, [B, F]: the target, each interest alone and times the target, the user, the numbers."""
+    features = [target_BD]
+    for interest_BD in interests:
+        features += [interest_BD, target_BD * interest_BD]
+    if users is not None:
+        features.append(users(batch.user_B))
+    if batch.dense_BJ is not None:
+        features.append(batch.dense_BJ)
+    return jnp.concatenate(features, axis=1)

@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 import grain.python as grain
 import numpy as np
 
-from marsjax.data.histories import gather_histories
+from marsjax.data.histories import feedback, gather_histories
 from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Histories, Inputs, Log, Rows, Viewed, Viewing
 
 Batch = TypeVar("Batch")
@@ -130,11 +130,6 @@ def ctr_batch(
         feedback_BL=None if feedback_BL is None else pad_to(size, feedback_BL, np.int8),
         dense_BJ=None if inputs.dense_EJ is None else pad_to(size, inputs.dense_EJ[row_B], np.float32),
     )
-
-
-def feedback(label_X: np.ndarray) -> np.ndarray:
-    """The mark of a history item [X] int8: 2 liked, 1 not liked."""
-    return 1 + (label_X > 0).astype(np.int8)
 
 
 def own_tails(histories: Histories, row_B: np.ndarray, *, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,6 +7,11 @@ import numpy as np
 from marsjax.records import LOW, TRAIN, Histories, Rows
 
 
+def feedback(label_X: np.ndarray) -> np.ndarray:
+    """The mark of a history item [X] int8: 2 liked, 1 not liked."""
+    return 1 + (label_X > 0).astype(np.int8)
+
+
 def gather_histories(histories: Histories, user_Q: np.ndarray, end_Q: np.ndarray, *, cap: int) -> np.ndarray:
     """The last `cap` history items before `end_Q` of each user, [Q, cap], left-aligned and padded with 0.
 
