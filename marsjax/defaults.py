@@ -81,7 +81,7 @@ def default_config(preset: str = "mars") -> ConfigDict:
     config.retrieval = retrieval = ConfigDict()
     retrieval.backend = "usearch"  # usearch, exact
     retrieval.donors = 5  # nearest high-active users a query gets; strategies of one donor use the first
-    retrieval.history = 200  # the last items a user vector is the mean of
+    retrieval.history = 200  # the last items a user is known by: its vector is their mean
     retrieval.centre = True  # subtract the donors' mean: mean-pooled vectors share a large common part
     retrieval.prefix_stride = 4  # donors of a training row from the prefix before it; 0: the whole history (leaks)
 
@@ -99,6 +99,10 @@ def default_config(preset: str = "mars") -> ConfigDict:
     votes.evidence = 20.0  # events with which half the sharpness is reached
     votes.shrink = 30.0  # donors of average weight who say "as usual"
     votes.low_only = False  # ask for low-active users alone, not for all who are no donors
+
+    config.posterior = posterior = ConfigDict()  # of a user's opinion on the target, augmentation/posterior.py
+    posterior.components = 32  # of the covariance between items
+    posterior.folds = 5  # users are dealt into so many, and a row asks the donors of the other ones
 
     config.short = short = ConfigDict()  # of the method short_histories, and of those that build on it
     short.share = 0.5  # training rows of other users that are shown with a history as short as a low-active user's

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from marsjax import alignment, embeddings, files, retrieval, study
-from marsjax.augmentation import baselines, mars, table, votes
+from marsjax.augmentation import baselines, mars, posterior, table, votes
 from marsjax.augmentation.donors import find_donors
 from marsjax.augmentation.methods import METHODS, Offer, Treatment
 from marsjax.augmentation.operators import Mode
@@ -319,8 +319,8 @@ def check(config: ConfigDict) -> None:
         },
         at_least_one=(
             "alignment.blocks", "alignment.targets", "alignment.history", "alignment.stein_items", "retrieval.donors",
-            "retrieval.history", "baselines.view_length", "ctr.cap", "ctr.batch_size", "ctr.epochs",
-            "ctr.evaluations_per_epoch", "ctr.patience", "training.log_steps", "evaluation.bootstrap",
+            "retrieval.history", "posterior.components", "baselines.view_length", "ctr.cap", "ctr.batch_size",
+            "ctr.epochs", "ctr.evaluations_per_epoch", "ctr.patience", "training.log_steps", "evaluation.bootstrap",
         ),
     )  # fmt: skip
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
@@ -332,6 +332,7 @@ def check(config: ConfigDict) -> None:
         ("votes.evidence", config.votes.evidence, 0.0, math.inf),
         ("votes.shrink", config.votes.shrink, 1e-6, math.inf),  # 0: no vote where no donor knows the target
         ("short.share", config.short.share, 0.0, 1.0),
+        ("posterior.folds", config.posterior.folds, 2, math.inf),
     ):
         if not low <= value <= high:
             raise ValueError(f"config.{key} expects a number from {low:g} to {high:g}, got {value}")
@@ -841,6 +842,7 @@ def treat(context: Context, donation: Donation, method: str) -> Treatment:
             time_safe=config.augmentation.time_safe,
         ),
         low_only=config.votes.low_only,
+        posterior=posterior.Settings(config.posterior.components, config.posterior.folds, config.retrieval.history),
         cut_share=config.short.share,
         baselines=baselines.Settings(config.baselines.mode, config.baselines.view_length),
         seed=seed,
@@ -868,6 +870,8 @@ def read_by(config: ConfigDict, donation: Donation | None, method: str) -> Any:
     if donation is None or method == "base":
         return "base"
     own = [to_json(config.baselines)] if METHODS[method].baseline else []
+    if METHODS[method].posterior:
+        own.append(to_json(config.posterior))
     if not METHODS[method].borrows:
         return [method, *own]
     return [

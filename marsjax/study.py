@@ -32,10 +32,16 @@ class Part(NamedTuple):
     x_label: str = ""  # of a sweep
 
 
-CONTROLS = ("random_donor", "popular_items", "everybody_votes", "collaborative_vote", "short_histories")
+CONTROLS = (
+    "random_donor", "popular_items", "tfidf_donor", "everybody_votes", "collaborative_vote", "collaborative_posterior",
+    "short_histories",
+)  # fmt: skip
 BASELINES = ("ran", "ran_s", "reppad", "cmr", "cmrsi", "cl4srec", "coserec", "basrec")
-PUBLISHED = ("mars", "mars_time_safe", "mars_without_target")
-VARIANTS = ("mars_vote", "mars_vote_time_safe", "mars_vote_and_items", "mars_short_vote")
+PUBLISHED = ("mars", "mars_time_safe", "mars_without_target", "mars_train_only", "mars_test_only")
+VARIANTS = (
+    "mars_vote", "mars_vote_time_safe", "mars_vote_and_items", "mars_short_vote", "mars_posterior",
+    "mars_short_posterior",
+)  # fmt: skip
 BASES = {"ids": "ids only, as the paper", "strong": "strong inputs"}
 ALONE = ("base", "mars", "mars_vote")  # what is followed through ablations and sweeps
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from marsjax.augmentation import baselines, controls, methods, votes
+from marsjax.augmentation import baselines, controls, methods, posterior, votes
 from marsjax.augmentation.baselines import BASELINES
 from marsjax.augmentation.donors import find_donors
 from marsjax.augmentation.methods import METHODS, Offer
@@ -16,7 +16,7 @@ from marsjax.ctr.activations import Tower
 from marsjax.ctr.backbones import make_backbone
 from marsjax.ctr.items import padded_tables
 from marsjax.ctr.view_losses import check_backbone
-from marsjax.data import batches
+from marsjax.data import batches, histories
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
 from marsjax.records import LOW, TEST, TRAIN, Inputs, ItemTables, Objective, Queries, Viewed, Viewing
@@ -52,6 +52,7 @@ def offer():
         item_ND=item_ND,
         votes=votes.Settings(),
         low_only=False,
+        posterior=posterior.Settings(components=4),
         cut_share=0.5,
         baselines=baselines.Settings(view_length=8),
         seed=3,
@@ -169,7 +170,7 @@ def test_views_for_a_loss_are_of_the_last_own_entries(offer, name):
     row_E, rows = source_rows(offer, source), offer.rows
     for i in range(3):
         batch = source[i]
-        tail_BW, mark_BW, length_B = batches.own_tails(rows.histories, row_E[i], length=8)
+        tail_BW, mark_BW, length_B = histories.own_tails(rows.histories, row_E[i], length=8)
         n = len(length_B)
         assert batch.view_BVW.shape == (32, 3 if name == "basrec" else 2, 8)
         assert not batch.view_BVW[n:].any()

@@ -8,7 +8,7 @@ import pytest
 from marsjax.augmentation import controls, mars
 from marsjax.augmentation.queries import make_queries
 from marsjax.data.splits import make_rows
-from marsjax.records import LOW, TEST, TRAIN, VALID, Donors, Neighbours
+from marsjax.records import LOW, TEST, TRAIN, VALID, Donors, Histories, Neighbours, Queries
 from tests.data_batches_test import small_log
 
 P, L, D, Q, K = 6, 8, 5, 4, 3
@@ -264,3 +264,36 @@ def test_popular_items_are_the_most_held_within_budget(case):
     np.testing.assert_array_equal(borrowed.start_Q1, [0, 2, 2, 2 + len(ranked)])
     first = {item: donors.time_PL[donors.item_PL == item].min() for item in ranked}
     np.testing.assert_array_equal(borrowed.time_S[2:], [first[item] for item in ranked[::-1]])
+
+
+def test_tfidf_donor_is_the_one_whose_items_are_most_alike():
+    """Item 1 is held by all donors and says least; each query finds the donor who shares its rare item."""
+    donors = Donors(
+        np.array([3, 5, 9], np.int32),
+        np.array([[1, 2, 4, 0], [1, 3, 0, 0], [6, 5, 1, 7]], np.int32),
+        np.arange(12).reshape(3, 4),
+    )
+    own = [[1, 3], [2, 1, 8], [5], [8, 8]]  # the last shares nothing with anybody
+    histories = Histories(
+        start_U1=np.array([0, 2, 5, 6, 8]),
+        item_H=np.array(sum(own, []), np.int32),
+        time_H=np.arange(8),
+        label_H=np.zeros(8, np.float32),
+        end_E=np.zeros(0, np.int64),
+        train_end_U=np.array([2, 5, 6, 8]),
+        start_E=np.zeros(0, np.int64),
+    )
+    queries = Queries(np.arange(4, dtype=np.int32), histories.train_end_U, np.zeros(0, np.int32))
+    borrowed = controls.tfidf_donor(donors, histories, queries, np.array([2, 2, 3, 2]), n_items=9)
+    np.testing.assert_array_equal(borrowed.start_Q1, [0, 2, 4, 7, 7])
+    np.testing.assert_array_equal(borrowed.item_S, [1, 3, 2, 4, 5, 1, 7])  # the donor's last ones, in time order
+    np.testing.assert_array_equal(borrowed.donor_S, [5, 5, 3, 3, 9, 9, 9])
+    np.testing.assert_array_equal(borrowed.time_S, [4, 5, 1, 2, 9, 10, 11])
+
+    idf = {item: np.log(4 / (1 + held)) + 1 for item, held in {1: 3, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1, 8: 0}.items()}
+
+    def norm(items):
+        return np.sqrt(sum(idf[item] ** 2 for item in items))
+
+    expected = [1.0, (idf[1] ** 2 + idf[2] ** 2) / norm([1, 2, 4]) / norm([1, 2, 8]), idf[5] / norm([1, 5, 6, 7])]
+    np.testing.assert_allclose(borrowed.similarity_S, np.repeat(expected, [2, 2, 3]), rtol=1e-6)

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "alignment": {"alignment_losses", "training.optimizer", "training.sharding", "training.step"},
     "embeddings": {"alignment", "data.histories", "progress"},  # embeds with the encoder of the alignment
     "retrieval": set(),
-    "augmentation": {"data.histories"},
+    "augmentation": {"data.histories", "progress"},
     "ctr": {"training.optimizer", "training.sharding", "training.step"},
     "evaluation": set(),
     "serving": {"ctr", "training.checkpoint"},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy.sparse
 
-from marsjax.records import Borrowed, Donors
+from marsjax.data.histories import ragged_histories
+from marsjax.records import Borrowed, Donors, Histories, Queries
 
 CHUNK = 8192  # queries at a time
 ROUNDS = 50  # donors that a query asks at the most; only a budget near the size of the catalogue needs so many
@@ -88,3 +90,49 @@ def popular_items(donors: Donors, budget_Q: np.ndarray, *, n_items: int) -> Borr
         donor_S=np.full(len(item_S), -1, np.int32),
         similarity_S=np.zeros(len(item_S), np.float32),
     )
+
+
+def tfidf_donor(donors: Donors, histories: Histories, queries: Queries, budget_Q: np.ndarray, n_items: int) -> Borrowed:
+    """Each query borrows the last items, its budget at the most, of the donor whose set of items is most like its own.
+
+    Sets are compared by the cosine of TF-IDF vectors over item ids, with the smooth weight ln((1 + P) / (1 + P_i)) + 1
+    of an item that P_i of P donors hold. Among equals the lower user number lends; nobody lends to a query that shares
+    no item with any donor.
+    """
+    held_PL, cap = donors.item_PL > 0, donors.item_PL.shape[1]
+    donor_X, column_X = np.nonzero(held_PL)
+    weight = _tfidf_weights(donor_X, donors.item_PL[donor_X, column_X], len(donors.user_P), n_items)
+    donor_PN = _unit_sets(donor_X, donors.item_PL[donor_X, column_X], weight, len(donors.user_P))
+    begin_Q1, at_X = ragged_histories(histories.start_U1[queries.user_Q], queries.end_Q, cap=cap)
+    query_X = np.repeat(np.arange(len(queries.user_Q)), np.diff(begin_Q1))
+    query_QN = _unit_sets(query_X, histories.item_H[at_X], weight, len(queries.user_Q))
+    best_Q, similarity_Q = np.zeros(len(budget_Q), np.int64), np.zeros(len(budget_Q), np.float32)
+    for first in range(0, len(budget_Q), CHUNK):
+        similarity_BP = (query_QN[first : first + CHUNK] @ donor_PN.T).toarray()
+        best_Q[first : first + CHUNK] = similarity_BP.argmax(axis=1)
+        similarity_Q[first : first + CHUNK] = similarity_BP.max(axis=1)
+    length_P = held_PL.sum(axis=1)
+    taken_Q = np.where(similarity_Q > 0, np.minimum(budget_Q, length_P[best_Q]), 0).astype(np.int64)
+    start_Q1 = np.concatenate([[0], np.cumsum(taken_Q)])
+    position_S = np.repeat(best_Q, taken_Q)
+    column_S = np.arange(start_Q1[-1]) - np.repeat(start_Q1[1:] - length_P[best_Q], taken_Q)
+    return Borrowed(
+        start_Q1=start_Q1,
+        item_S=donors.item_PL[position_S, column_S],
+        time_S=donors.time_PL[position_S, column_S],
+        donor_S=donors.user_P[position_S].astype(np.int32),
+        similarity_S=np.repeat(similarity_Q, taken_Q),
+    )
+
+
+def _tfidf_weights(set_X: np.ndarray, item_X: np.ndarray, n_sets: int, n_items: int) -> np.ndarray:
+    distinct = np.unique(set_X.astype(np.int64) * n_items + item_X)
+    return np.log((1 + n_sets) / (1 + np.bincount(distinct % n_items, minlength=n_items))) + 1
+
+
+def _unit_sets(set_X: np.ndarray, item_X: np.ndarray, weight_N: np.ndarray, n_sets: int) -> scipy.sparse.csr_array:
+    """Sets of items as rows of unit length; an item met twice counts twice."""
+    sets = scipy.sparse.csr_array((weight_N[item_X], (set_X, item_X)), (n_sets, len(weight_N)))
+    norm_P = np.sqrt(np.asarray(sets.multiply(sets).sum(axis=1)).ravel())
+    scale = scipy.sparse.diags_array(1 / np.maximum(norm_P, 1e-12))
+    return scipy.sparse.csr_array(scale @ sets)

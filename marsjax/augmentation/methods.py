@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from marsjax.augmentation import baselines, controls, votes
+from marsjax.augmentation import baselines, controls, posterior, votes
 from marsjax.augmentation.baselines import BASELINES
 from marsjax.data.histories import cut_histories, feedback
+from marsjax.progress import progress
 from marsjax.records import HIGH, LOW, TRAIN, Augmentation, Borrowed, Donors, Log, Objective, Queries, Rows, Viewing
 
 
@@ -25,6 +26,7 @@ class Offer(NamedTuple):
     item_ND: np.ndarray  # [N, D] float32, item vectors of the aligned space
     votes: votes.Settings
     low_only: bool  # ask voters for low-active users alone
+    posterior: posterior.Settings
     cut_share: float  # of the rows that `short_histories` cuts
     baselines: baselines.Settings
     seed: int
@@ -82,6 +84,27 @@ def short_histories(offer: Offer) -> Treatment:
     return Treatment(rows=rows, hidden_E=cut_E | (rows.group_U[rows.user_E] == LOW))
 
 
+def mars_posterior(offer: Offer) -> Treatment:
+    """What is to be expected of the user on the target, given the history and what donors' opinions go together."""
+    return expect(offer, offer.item_ND)
+
+
+def mars_short_posterior(offer: Offer) -> Treatment:
+    """Short histories, and what is to be expected given these."""
+    short = short_histories(offer)
+    return short._replace(dense_EJ=mars_posterior(offer._replace(rows=short.rows or offer.rows)).dense_EJ)
+
+
+def mars_train_only(offer: Offer) -> Treatment:
+    """MARS for training rows alone: what a model loses that has learnt with borrowed items and is served without."""
+    return only(mars(offer), offer.rows.split_E == TRAIN)
+
+
+def mars_test_only(offer: Offer) -> Treatment:
+    """MARS for validation and test rows alone: borrowing for a model that was trained without."""
+    return only(mars(offer), offer.rows.split_E != TRAIN)
+
+
 def mars_short_vote(offer: Offer) -> Treatment:
     """Short histories, and the vote of the donors who are similar by them."""
     short = short_histories(offer)
@@ -96,6 +119,18 @@ def everybody_votes(offer: Offer) -> Treatment:
 def collaborative_vote(offer: Offer) -> Treatment:
     """Control: users are compared by who likes what with whom, without text or images."""
     return ask(offer, votes.collaborative_factors(offer.log, offer.rows, offer.donors.user_P, offer.item_ND))
+
+
+def collaborative_posterior(offer: Offer) -> Treatment:
+    """Control: the posterior from what donors say alone, without the aligned space."""
+    return expect(offer, None)
+
+
+def tfidf_donor(offer: Offer) -> Treatment:
+    """Control: the last items, as many as MARS lends, of the donor whose items are most alike by TF-IDF."""
+    budget_Q = np.diff(offer.borrowed.start_Q1)
+    borrowed = controls.tfidf_donor(offer.donors, offer.rows.histories, offer.queries, budget_Q, len(offer.item_ND))
+    return lend(offer, borrowed)
 
 
 def random_donor(offer: Offer) -> Treatment:
@@ -147,6 +182,7 @@ class Method(NamedTuple):
     mask_token: bool = False  # views may hold item N, a mask: the model has a row for it
     borrows: bool = True  # reads what MARS does, its vectors, donors or budget
     baseline: bool = False  # reads `Offer.baselines`
+    posterior: bool = False  # reads `Offer.posterior`
     offline: bool = False  # needs of a row what a bundle does not hold
 
 
@@ -171,10 +207,16 @@ METHODS: dict[str, Method] = {
     "mars_vote": Method(mars_vote, numbers=2, offline=True),
     "mars_vote_time_safe": Method(mars_vote_time_safe, numbers=2, offline=True),
     "mars_vote_and_items": Method(mars_vote_and_items, numbers=2, offline=True),
+    "mars_posterior": Method(mars_posterior, numbers=2, posterior=True, offline=True),
+    "mars_train_only": Method(mars_train_only, offline=True),
+    "mars_test_only": Method(mars_test_only, offline=True),
     "short_histories": Method(short_histories, offline=True),
     "mars_short_vote": Method(mars_short_vote, numbers=2, offline=True),
+    "mars_short_posterior": Method(mars_short_posterior, numbers=2, posterior=True, offline=True),
     "everybody_votes": Method(everybody_votes, numbers=2, offline=True),
     "collaborative_vote": Method(collaborative_vote, numbers=2, offline=True),
+    "collaborative_posterior": Method(collaborative_posterior, numbers=2, posterior=True, offline=True),
+    "tfidf_donor": Method(tfidf_donor),
     **_both_forms("ran"),
     **_both_forms("ran_s"),
     **_both_forms("reppad"),
@@ -202,6 +244,29 @@ def ask(offer: Offer, item_ND: np.ndarray) -> Treatment:
     row_R = np.flatnonzero(asks_E)
     dense_E2[row_R] = votes.vote(offer.log, offer.rows, voters, item_ND, row_R, offer.votes)
     return Treatment(dense_EJ=dense_E2)
+
+
+def expect(offer: Offer, item_ND: np.ndarray | None) -> Treatment:
+    """What is to be expected on the targets of all rows. Donors are asked as any user is, about other donors."""
+    rows, settings, n_items = offer.rows, offer.posterior, len(offer.item_ND)
+    with progress("opinions", settings.folds) as advance:
+        opinions = posterior.learn_opinions(
+            offer.log, rows, offer.donors.user_P, item_ND, n_items=n_items, settings=settings, advance=advance
+        )
+    row_R = np.flatnonzero(rows.split_E >= 0)
+    dense_E2 = np.zeros((len(rows.split_E), 2), np.float32)
+    with progress("expectations", len(row_R)) as advance:
+        dense_E2[row_R] = posterior.expect(offer.log, rows, opinions, row_R, settings=settings, advance=advance)
+    return Treatment(dense_EJ=dense_E2)
+
+
+def only(treatment: Treatment, row_E: np.ndarray) -> Treatment:
+    """Items are lent to the rows `row_E` alone."""
+    if treatment.augmentation is None:
+        return treatment
+    queries = treatment.augmentation.queries
+    queries = queries._replace(query_E=np.where(row_E, queries.query_E, -1))
+    return treatment._replace(augmentation=treatment.augmentation._replace(queries=queries))
 
 
 def opinions(log: Log, rows: Rows, borrowed: Borrowed, *, n_items: int) -> np.ndarray:

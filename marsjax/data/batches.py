@@ -14,8 +14,8 @@ from typing import Generic, NamedTuple, TypeVar
 import grain.python as grain
 import numpy as np
 
-from marsjax.data.histories import feedback, gather_histories
-from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Histories, Inputs, Log, Rows, Viewed, Viewing
+from marsjax.data.histories import feedback, gather_histories, own_tails
+from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Inputs, Log, Rows, Viewed, Viewing
 
 Batch = TypeVar("Batch")
 IDS = Inputs()
@@ -130,18 +130,6 @@ def ctr_batch(
         feedback_BL=None if feedback_BL is None else pad_to(size, feedback_BL, np.int8),
         dense_BJ=None if inputs.dense_EJ is None else pad_to(size, inputs.dense_EJ[row_B], np.float32),
     )
-
-
-def own_tails(histories: Histories, row_B: np.ndarray, *, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The last `length` own entries of rows: items and marks, [B, length] left-aligned, and how many they are, [B]."""
-    length_B = np.minimum(histories.end_E[row_B] - histories.start_E[row_B], length)
-    column_1W = np.arange(length)[None, :]
-    inside_BW = column_1W < length_B[:, None]
-    if not len(histories.item_H):
-        return np.zeros(inside_BW.shape, np.int32), np.zeros(inside_BW.shape, np.int8), length_B
-    at_BW = np.where(inside_BW, (histories.end_E[row_B] - length_B)[:, None] + column_1W, 0)
-    mark_BW = feedback(histories.label_H[at_BW])
-    return np.where(inside_BW, histories.item_H[at_BW], 0), np.where(inside_BW, mark_BW, 0).astype(np.int8), length_B
 
 
 def with_views(

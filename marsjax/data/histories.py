@@ -35,6 +35,18 @@ def ragged_histories(start_Q: np.ndarray, end_Q: np.ndarray, *, cap: int) -> tup
     return start_Q1, np.repeat(end_Q - length_Q - start_Q1[:-1], length_Q) + np.arange(start_Q1[-1])
 
 
+def own_tails(histories: Histories, row_B: np.ndarray, *, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The last `length` own entries of rows: items and marks, [B, length] left-aligned, and how many they are, [B]."""
+    length_B = np.minimum(histories.end_E[row_B] - histories.start_E[row_B], length)
+    column_1W = np.arange(length)[None, :]
+    inside_BW = column_1W < length_B[:, None]
+    if not len(histories.item_H):
+        return np.zeros(inside_BW.shape, np.int32), np.zeros(inside_BW.shape, np.int8), length_B
+    at_BW = np.where(inside_BW, (histories.end_E[row_B] - length_B)[:, None] + column_1W, 0)
+    mark_BW = feedback(histories.label_H[at_BW])
+    return np.where(inside_BW, histories.item_H[at_BW], 0), np.where(inside_BW, mark_BW, 0).astype(np.int8), length_B
+
+
 def cut_histories(rows: Rows, *, share: float, seed: int) -> tuple[Rows, np.ndarray]:
     """Shows a share of the training rows of users who are not low-active as if the user were, and which rows these are.
 

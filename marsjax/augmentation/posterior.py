@@ -1,0 +1,232 @@
+"""What is to be expected of a user on the target, given the few opinions that the user has shown.
+
+MARS as published (Eqs. 15-18) lends items of one donor; a vote (`votes.py`) asks all donors, each weighted by how
+similar the users are, and with a handful of events that similarity is mostly noise. This asks the same donors in the
+way that wastes least of a handful: donors tell which opinions go together (who likes A more than others do also likes
+B more), and the best linear prediction from the user's own opinions follows from that by Gaussian process regression
+(Rasmussen and Williams 2006, Eqs. 2.25-2.26, there with a learned instead of a chosen kernel). It is a vote too: the
+prediction is a sum over the donors' opinions on the target, and the weights are those of least expected error.
+
+Two items that few donors share say little about each other. Their covariance starts from what the aligned space says
+of items that are as similar as they are, and moves to what donors say with the number of those who know both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+
+from marsjax.augmentation.votes import centred
+from marsjax.data.histories import own_tails
+from marsjax.records import TRAIN, Array, Log, Rows
+
+CELLS = 2**18  # history entries at a time
+PRIOR = 5.0  # events that the overall rate counts for in the rate of likes of an item
+SHORTEST = 8  # history length that is compiled; then its doubles
+LEAST_NOISE = 0.05  # of one opinion; at most .25, that of a coin
+
+
+class Settings(NamedTuple):
+    """How opinions are expected."""
+
+    components: int = 32  # of the covariance between items; what is beyond them is noise
+    folds: int = 5  # users are dealt into so many, and a row asks the donors of the other ones
+    cap: int = 200  # the last items of a history that count
+
+
+class Opinions(NamedTuple):
+    """What the donors outside of each fold tell about the items."""
+
+    usual_FN: np.ndarray  # [F, N] float32, rate of likes
+    loading_FNK: np.ndarray  # [F, N, K] float32; the covariance of opinions on items i and j is loading_i . loading_j
+
+
+def learn_opinions(
+    log: Log,
+    rows: Rows,
+    user_P: np.ndarray,
+    item_ND: np.ndarray | None,
+    *,
+    n_items: int,
+    settings: Settings,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Opinions:
+    """Means and covariances of opinions, from the training events of the donors `user_P`.
+
+    An opinion is the label less the item's rate of likes. `item_ND`, [N, D], are the vectors whose cosine the
+    covariance starts from; None: it starts from one value for all pairs of items.
+    """
+    is_donor_U = np.zeros(len(rows.group_U), bool)
+    is_donor_U[user_P] = True
+    event_X = np.flatnonzero((rows.split_E == TRAIN) & is_donor_U[rows.user_E])
+    vector_ND = None if item_ND is None else centred(item_ND)
+    usual, loadings = [], []
+    for fold in range(settings.folds):
+        kept_X = event_X[rows.user_E[event_X] % settings.folds != fold]
+        item_X, label_X = log.item_E[kept_X], log.label_E[kept_X]
+        overall = label_X.mean() if len(label_X) else 0.5
+        likes_N, count_N = np.bincount(item_X, label_X, minlength=n_items), np.bincount(item_X, minlength=n_items)
+        usual_N = ((likes_N + PRIOR * overall) / (count_N + PRIOR)).astype(np.float32)
+        shape = len(is_donor_U), n_items
+        place_X = rows.user_E[kept_X], item_X
+        known = scipy.sparse.csr_array((np.ones(len(item_X), np.float32), place_X), shape)
+        opinion = scipy.sparse.csr_array((label_X - usual_N[item_X], place_X), shape)
+        usual.append(usual_N)
+        loadings.append(_loadings(opinion, known, usual_N, vector_ND, settings.components))
+        advance(1)
+    return Opinions(np.stack(usual), np.stack(loadings))
+
+
+def _loadings(
+    opinion: scipy.sparse.csr_array,
+    known: scipy.sparse.csr_array,
+    usual_N: np.ndarray,
+    vector_ND: np.ndarray | None,
+    components: int,
+) -> np.ndarray:
+    """Principal components of the covariance between items, [N, K] float32, scaled to the root of their variance.
+
+    With n donors who know both items, the covariance is (sum of products + tau * prior) / (n + tau). The prior is
+    a + b * cosine, fitted to the pairs; tau = noise / spread, with the variance of a product of two independent
+    opinions as noise, and as spread how much more than noise / n the pairs miss the prior by (empirical Bayes). Nothing
+    is chosen by hand.
+    """
+    n_items = opinion.shape[1]
+    components = min(components, n_items - 2)
+    if components < 1:
+        return np.zeros((n_items, 1), np.float32)
+    shared = scipy.sparse.csr_array(known.T @ known).tocoo()
+    left_Z, right_Z = shared.coords
+    pair_Z = left_Z != right_Z
+    left_Z, right_Z, n_Z = left_Z[pair_Z], right_Z[pair_Z], shared.data[pair_Z]
+    products = scipy.sparse.csr_array(opinion.T @ opinion)
+    sum_Z = np.asarray(products[left_Z, right_Z]).ravel() if len(left_Z) else np.zeros(0, np.float32)
+    cosine_Z = None if vector_ND is None else _cosines(vector_ND, left_Z, right_Z)
+    level, slope = _prior(sum_Z, n_Z, cosine_Z)
+    prior_Z = level + slope * (0.0 if cosine_Z is None else cosine_Z)
+    variance_N = usual_N * (1 - usual_N)
+    tau = _strength(sum_Z, n_Z, prior_Z, variance_N[left_Z] * variance_N[right_Z])
+    step_Z = ((sum_Z - n_Z * prior_Z) / (n_Z + tau)).astype(np.float32)
+    if level + slope == 0 and not step_Z.any():  # no two items whose opinions are known to go together
+        return np.zeros((n_items, components), np.float32)
+    moved = scipy.sparse.csr_array((step_Z, (left_Z, right_Z)), (n_items, n_items))
+    real_N = (np.arange(n_items) > 0).astype(np.float32)
+
+    def times(x_N: np.ndarray) -> np.ndarray:
+        x_N = np.ravel(x_N).astype(np.float32)
+        out_N = moved @ x_N + level * real_N * (real_N @ x_N)
+        return out_N if vector_ND is None else out_N + slope * (vector_ND @ (vector_ND.T @ x_N))
+
+    operator = scipy.sparse.linalg.LinearOperator((n_items, n_items), matvec=times, dtype=np.float32)
+    # From a fixed start: the solver would draw one.
+    start_N = np.random.default_rng(0).normal(size=n_items).astype(np.float32)
+    strength_K, component_NK = scipy.sparse.linalg.eigsh(operator, k=components, which="LA", v0=start_N, tol=1e-3)
+    return (component_NK * np.sqrt(np.maximum(strength_K, 0.0))).astype(np.float32)
+
+
+def _cosines(vector_ND: np.ndarray, left_Z: np.ndarray, right_Z: np.ndarray, *, block: int = 2**20) -> np.ndarray:
+    out_Z = np.empty(len(left_Z), np.float32)
+    for begin in range(0, len(left_Z), block):
+        part = slice(begin, begin + block)
+        # Pairs are sorted by the left item: a few left items against the whole catalogue beat a gather a pair.
+        first, last = left_Z[part][0], left_Z[part][-1] + 1
+        out_Z[part] = (vector_ND[first:last] @ vector_ND.T)[left_Z[part] - first, right_Z[part]]
+    return out_Z
+
+
+def _prior(sum_Z: np.ndarray, n_Z: np.ndarray, cosine_Z: np.ndarray | None) -> tuple[float, float]:
+    """Level and slope of the covariance over the cosine, by least squares over pairs of donor opinions; both at least
+    0, so that the prior is a covariance."""
+    if not len(n_Z):
+        return 0.0, 0.0
+    total, level = float(n_Z.sum()), float(sum_Z.sum(dtype=np.float64) / n_Z.sum(dtype=np.float64))
+    if cosine_Z is None:
+        return max(level, 0.0), 0.0
+    mean = float((n_Z * cosine_Z).sum(dtype=np.float64) / total)
+    spread = float((n_Z * (cosine_Z - mean) ** 2).sum(dtype=np.float64))
+    slope = float((sum_Z * (cosine_Z - mean)).sum(dtype=np.float64) / spread) if spread > 0 else 0.0
+    if slope <= 0:
+        return max(level, 0.0), 0.0
+    return max(level - slope * mean, 0.0), slope
+
+
+def _strength(sum_Z: np.ndarray, n_Z: np.ndarray, prior_Z: np.ndarray, noise_Z: np.ndarray) -> float:
+    """tau, the number of donors whose word counts as much as the prior.
+
+    A pair's mean product misses the prior by noise, of variance noise / n, and by what is true of the pair alone.
+    """
+    if not len(n_Z):
+        return 1.0
+    error_Z = (sum_Z / n_Z - prior_Z).astype(np.float64) ** 2
+    # Errors of pairs that few donors share scatter most, so they count least; from some 30 on, all count the same.
+    weight_Z = (n_Z / (n_Z + 30.0)).astype(np.float64) ** 2
+    spread = float(np.average(error_Z - noise_Z / n_Z, weights=weight_Z))
+    return float(np.average(noise_Z, weights=weight_Z)) / max(spread, 1e-8)
+
+
+def expect(
+    log: Log,
+    rows: Rows,
+    opinions: Opinions,
+    row_R: np.ndarray,
+    *,
+    settings: Settings,
+    advance: Callable[[int], None] = lambda _: None,
+) -> np.ndarray:
+    """The expected opinion on the target of each row, and how much the history tells of it, [R, 2] float32.
+
+    The first is the mean of the posterior, in units of the label and scaled by 4; the second the root of the variance
+    that the history explains, scaled by 4. Both are 0 without a history. A user is known by the visible history of the
+    row, so nothing of the row or of what came later enters; donors are those outside of the user's fold, so a donor's
+    own label is in no covariance that its rows read, and a training row is treated as a test row is.
+    """
+    histories, folds = rows.histories, len(opinions.usual_FN)
+    length_R = np.minimum(histories.end_E[row_R] - histories.start_E[row_R], settings.cap)
+    bound_R = SHORTEST * 2 ** np.ceil(np.log2(np.maximum(length_R, SHORTEST) / SHORTEST)).astype(np.int64)
+    fold_R = rows.user_E[row_R] % folds
+    out_R2 = np.zeros((len(row_R), 2), np.float32)
+    for fold in range(folds):
+        arrays = jax.device_put((opinions.usual_FN[fold], opinions.loading_FNK[fold]))
+        for bound in np.unique(bound_R[fold_R == fold]):
+            here_R = np.flatnonzero((fold_R == fold) & (bound_R == bound))
+            chunk = max(CELLS // int(bound), 1)
+            for begin in range(0, len(here_R), chunk):
+                part_C = here_R[begin : begin + chunk]
+                item_CL, label_CL = np.zeros((chunk, bound), np.int32), np.zeros((chunk, bound), np.float32)
+                target_C = np.zeros(chunk, np.int32)
+                target_C[: len(part_C)] = log.item_E[row_R[part_C]]
+                width = min(int(bound), settings.cap)
+                item_CX, mark_CX, _ = own_tails(histories, row_R[part_C], length=width)
+                item_CL[: len(part_C), :width], label_CL[: len(part_C), :width] = item_CX, mark_CX == 2
+                out_R2[part_C] = _expect(item_CL, label_CL, target_C, *arrays)[: len(part_C)]
+                advance(len(part_C))
+    return out_R2
+
+
+@jax.jit
+def _expect(item_CL: Array, label_CL: Array, target_C: Array, usual_N: Array, loading_NK: Array) -> jax.Array:
+    """In the space of the K components, so that long histories cost no more than a sum over them.
+
+    With X the loadings of the history, each over the root of its noise, and A = 1 + X'X, the mean is t' A^-1 X'y for
+    a target of loadings t, and what is explained of t't is t' A^-1 X'X t.
+    """
+    inside_CL = item_CL > 0
+    loading_CLK, usual_CL = loading_NK[item_CL], usual_N[item_CL]
+    # All of an opinion's variance that is not explained is its noise.
+    noise_CL = jnp.maximum(usual_CL * (1.0 - usual_CL) - jnp.sum(loading_CLK**2, axis=2), LEAST_NOISE)
+    weight_CL = jnp.where(inside_CL, 1.0 / jnp.sqrt(noise_CL), 0.0)
+    scaled_CLK = loading_CLK * weight_CL[:, :, None]
+    known_CKK = jnp.einsum("clk,clm->ckm", scaled_CLK, scaled_CLK)
+    opinion_CK = jnp.einsum("clk,cl->ck", scaled_CLK, weight_CL * (label_CL - usual_CL))
+    target_CK = loading_NK[target_C]
+    factor_CKK = jnp.linalg.cholesky(known_CKK + jnp.eye(loading_NK.shape[1])[None])
+    solved_CK = jax.scipy.linalg.cho_solve((factor_CKK, True), target_CK[:, :, None])[:, :, 0]
+    mean_C = jnp.sum(solved_CK * opinion_CK, axis=1)
+    explained_C = jnp.einsum("ck,ckm,cm->c", solved_CK, known_CKK, target_CK)
+    return 4.0 * jnp.stack([mean_C, jnp.sqrt(jnp.maximum(explained_C, 0.0))], axis=1)
