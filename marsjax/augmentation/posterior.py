@@ -107,9 +107,9 @@ def _loadings(
     left_Z, right_Z, n_Z = left_Z[pair_Z], right_Z[pair_Z], shared.data[pair_Z]
     products = scipy.sparse.csr_array(opinion.T @ opinion)
     sum_Z = np.asarray(products[left_Z, right_Z]).ravel() if len(left_Z) else np.zeros(0, np.float32)
-    cosine_Z = None if vector_ND is None else _cosines(vector_ND, left_Z, right_Z)
+    cosine_Z = np.zeros(len(n_Z), np.float32) if vector_ND is None else _cosines(vector_ND, left_Z, right_Z)
     level, slope = _prior(sum_Z, n_Z, cosine_Z)
-    prior_Z = level + slope * (0.0 if cosine_Z is None else cosine_Z)
+    prior_Z = level + slope * cosine_Z
     variance_N = usual_N * (1 - usual_N)
     tau = _strength(sum_Z, n_Z, prior_Z, variance_N[left_Z] * variance_N[right_Z])
     step_Z = ((sum_Z - n_Z * prior_Z) / (n_Z + tau)).astype(np.float32)
@@ -140,14 +140,12 @@ def _cosines(vector_ND: np.ndarray, left_Z: np.ndarray, right_Z: np.ndarray, *, 
     return out_Z
 
 
-def _prior(sum_Z: np.ndarray, n_Z: np.ndarray, cosine_Z: np.ndarray | None) -> tuple[float, float]:
+def _prior(sum_Z: np.ndarray, n_Z: np.ndarray, cosine_Z: np.ndarray) -> tuple[float, float]:
     """Level and slope of the covariance over the cosine, by least squares over pairs of donor opinions; both at least
     0, so that the prior is a covariance."""
     if not len(n_Z):
         return 0.0, 0.0
     total, level = float(n_Z.sum()), float(sum_Z.sum(dtype=np.float64) / n_Z.sum(dtype=np.float64))
-    if cosine_Z is None:
-        return max(level, 0.0), 0.0
     mean = float((n_Z * cosine_Z).sum(dtype=np.float64) / total)
     spread = float((n_Z * (cosine_Z - mean) ** 2).sum(dtype=np.float64))
     slope = float((sum_Z * (cosine_Z - mean)).sum(dtype=np.float64) / spread) if spread > 0 else 0.0
