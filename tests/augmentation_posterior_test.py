@@ -56,18 +56,18 @@ def dense_covariance(log, rows, donors, vector_ND, fold, folds):
         for j in range(1, N):
             both = [user for user in donors if (user, i) in opinion and (user, j) in opinion]
             if i != j and both:
-                pairs.append((i, j, len(both), sum(opinion[user, i] * opinion[user, j] for user in both)))
-    n_Z, sum_Z = (np.array([pair[k] for pair in pairs], float) for k in (2, 3))
+                products = [opinion[user, i] * opinion[user, j] for user in both]
+                pairs.append((i, j, len(both), sum(products), sum(product**2 for product in products)))
+    n_Z, sum_Z, square_Z = (np.array([pair[k] for pair in pairs], float) for k in (2, 3, 4))
     cosine = (lambda i, j: vector_ND[i] @ vector_ND[j]) if vector_ND is not None else (lambda i, j: 0.0)
-    design = np.array([[1.0, cosine(i, j)] for i, j, _, _ in pairs])[:, : 1 + (vector_ND is not None)]
+    design = np.array([[1.0, cosine(i, j)] for i, j, *_ in pairs])[:, : 1 + (vector_ND is not None)]
     weights = np.sqrt(n_Z)[:, None]
     fit = np.linalg.lstsq(design * weights, sum_Z / n_Z * weights[:, 0], rcond=None)[0]
     level, slope = max(fit[0], 0.0), (fit[1] if len(fit) > 1 else 0.0)
     if slope <= 0:
         level, slope = max(np.sum(sum_Z) / np.sum(n_Z), 0.0), 0.0
-    prior_Z = level + slope * np.array([cosine(i, j) for i, j, _, _ in pairs])
-    variance_N = usual_N * (1 - usual_N)
-    noise_Z = np.array([variance_N[i] * variance_N[j] for i, j, _, _ in pairs])
+    prior_Z = level + slope * np.array([cosine(i, j) for i, j, *_ in pairs])
+    noise_Z = square_Z / n_Z - prior_Z**2
     weight_Z = (n_Z / (n_Z + 30)) ** 2
     spread = np.sum(weight_Z * ((sum_Z / n_Z - prior_Z) ** 2 - noise_Z / n_Z)) / np.sum(weight_Z)
     tau = np.sum(weight_Z * noise_Z) / np.sum(weight_Z) / max(spread, 1e-8)
@@ -75,7 +75,7 @@ def dense_covariance(log, rows, donors, vector_ND, fold, folds):
     for i in range(1, N):
         for j in range(1, N):
             out_NN[i, j] = level + slope * cosine(i, j)
-    for (i, j, n, total), prior in zip(pairs, prior_Z, strict=True):
+    for (i, j, n, total, _), prior in zip(pairs, prior_Z, strict=True):
         out_NN[i, j] = (total + tau * prior) / (n + tau)
     return usual_N, out_NN
 
@@ -128,7 +128,7 @@ def test_chunks_and_padding_change_nothing(data, monkeypatch):
     opinions = learn_opinions(log, rows, donors, item_ND, n_items=N, settings=settings)
     row_R = np.arange(len(log.item_E))
     whole_R2 = expect(log, rows, opinions, row_R, settings=settings)
-    monkeypatch.setattr(posterior, "CELLS", 40)
+    monkeypatch.setattr(posterior, "CHUNK", 7)
     monkeypatch.setattr(posterior, "SHORTEST", 1)
     np.testing.assert_allclose(expect(log, rows, opinions, row_R, settings=settings), whole_R2, atol=1e-5)
     some_R = np.random.default_rng(0).permutation(row_R)[:50]

@@ -26,7 +26,7 @@ from marsjax.augmentation.votes import centred
 from marsjax.data.histories import own_tails
 from marsjax.records import TRAIN, Array, Log, Rows
 
-CELLS = 2**18  # history entries at a time
+CHUNK = 2048  # rows at a time
 PRIOR = 5.0  # events that the overall rate counts for in the rate of likes of an item
 SHORTEST = 8  # history length that is compiled; then its doubles
 LEAST_NOISE = 0.05  # of one opinion; at most .25, that of a coin
@@ -78,7 +78,7 @@ def learn_opinions(
         known = scipy.sparse.csr_array((np.ones(len(item_X), np.float32), place_X), shape)
         opinion = scipy.sparse.csr_array((label_X - usual_N[item_X], place_X), shape)
         usual.append(usual_N)
-        loadings.append(_loadings(opinion, known, usual_N, vector_ND, settings.components))
+        loadings.append(_loadings(opinion, known, vector_ND, settings.components))
         advance(1)
     return Opinions(np.stack(usual), np.stack(loadings))
 
@@ -86,16 +86,14 @@ def learn_opinions(
 def _loadings(
     opinion: scipy.sparse.csr_array,
     known: scipy.sparse.csr_array,
-    usual_N: np.ndarray,
     vector_ND: np.ndarray | None,
     components: int,
 ) -> np.ndarray:
     """Principal components of the covariance between items, [N, K] float32, scaled to the root of their variance.
 
     With n donors who know both items, the covariance is (sum of products + tau * prior) / (n + tau). The prior is
-    a + b * cosine, fitted to the pairs; tau = noise / spread, with the variance of a product of two independent
-    opinions as noise, and as spread how much more than noise / n the pairs miss the prior by (empirical Bayes). Nothing
-    is chosen by hand.
+    a + b * cosine, fitted to the pairs; tau = noise / spread, with the variance of the products of a pair as noise, and
+    as spread how much more than noise / n the pairs miss the prior by (empirical Bayes). Nothing is chosen by hand.
     """
     n_items = opinion.shape[1]
     components = min(components, n_items - 2)
@@ -110,8 +108,9 @@ def _loadings(
     cosine_Z = np.zeros(len(n_Z), np.float32) if vector_ND is None else _cosines(vector_ND, left_Z, right_Z)
     level, slope = _prior(sum_Z, n_Z, cosine_Z)
     prior_Z = level + slope * cosine_Z
-    variance_N = usual_N * (1 - usual_N)
-    tau = _strength(sum_Z, n_Z, prior_Z, variance_N[left_Z] * variance_N[right_Z])
+    squares = scipy.sparse.csr_array(opinion.multiply(opinion))
+    square_Z = np.asarray(scipy.sparse.csr_array(squares.T @ squares)[left_Z, right_Z]).ravel()
+    tau = _strength(sum_Z, square_Z, n_Z, prior_Z)
     step_Z = ((sum_Z - n_Z * prior_Z) / (n_Z + tau)).astype(np.float32)
     if level + slope == 0 and not step_Z.any():  # no two items whose opinions are known to go together
         return np.zeros((n_items, components), np.float32)
@@ -154,18 +153,21 @@ def _prior(sum_Z: np.ndarray, n_Z: np.ndarray, cosine_Z: np.ndarray) -> tuple[fl
     return max(level - slope * mean, 0.0), slope
 
 
-def _strength(sum_Z: np.ndarray, n_Z: np.ndarray, prior_Z: np.ndarray, noise_Z: np.ndarray) -> float:
+def _strength(sum_Z: np.ndarray, square_Z: np.ndarray, n_Z: np.ndarray, prior_Z: np.ndarray) -> float:
     """tau, the number of donors whose word counts as much as the prior.
 
-    A pair's mean product misses the prior by noise, of variance noise / n, and by what is true of the pair alone.
+    A pair's mean product misses the prior by noise, of variance noise / n, and by what is true of the pair alone. The
+    noise is that of the products themselves, sum of squares / n - prior^2: opinions on items that few donors know
+    are smaller than others, since their rate of likes is made of them.
     """
     if not len(n_Z):
         return 1.0
+    noise_Z = (square_Z / n_Z - prior_Z**2).astype(np.float64)
     error_Z = (sum_Z / n_Z - prior_Z).astype(np.float64) ** 2
     # Errors of pairs that few donors share scatter most, so they count least; from some 30 on, all count the same.
     weight_Z = (n_Z / (n_Z + 30.0)).astype(np.float64) ** 2
     spread = float(np.average(error_Z - noise_Z / n_Z, weights=weight_Z))
-    return float(np.average(noise_Z, weights=weight_Z)) / max(spread, 1e-8)
+    return max(float(np.average(noise_Z, weights=weight_Z)), 1e-6) / max(spread, 1e-8)
 
 
 def expect(
@@ -193,11 +195,10 @@ def expect(
         arrays = jax.device_put((opinions.usual_FN[fold], opinions.loading_FNK[fold]))
         for bound in np.unique(bound_R[fold_R == fold]):
             here_R = np.flatnonzero((fold_R == fold) & (bound_R == bound))
-            chunk = max(CELLS // int(bound), 1)
-            for begin in range(0, len(here_R), chunk):
-                part_C = here_R[begin : begin + chunk]
-                item_CL, label_CL = np.zeros((chunk, bound), np.int32), np.zeros((chunk, bound), np.float32)
-                target_C = np.zeros(chunk, np.int32)
+            for begin in range(0, len(here_R), CHUNK):
+                part_C = here_R[begin : begin + CHUNK]
+                item_CL, label_CL = np.zeros((CHUNK, bound), np.int32), np.zeros((CHUNK, bound), np.float32)
+                target_C = np.zeros(CHUNK, np.int32)
                 target_C[: len(part_C)] = log.item_E[row_R[part_C]]
                 width = min(int(bound), settings.cap)
                 item_CX, mark_CX, _ = own_tails(histories, row_R[part_C], length=width)
