@@ -68,7 +68,7 @@ def dense_covariance(log, rows, donors, vector_ND, fold, folds):
         level, slope = max(np.sum(sum_Z) / np.sum(n_Z), 0.0), 0.0
     prior_Z = level + slope * np.array([cosine(i, j) for i, j, *_ in pairs])
     noise_Z = square_Z / n_Z - prior_Z**2
-    weight_Z = (n_Z / (n_Z + 30)) ** 2
+    weight_Z = n_Z**2
     spread = np.sum(weight_Z * ((sum_Z / n_Z - prior_Z) ** 2 - noise_Z / n_Z)) / np.sum(weight_Z)
     tau = np.sum(weight_Z * noise_Z) / np.sum(weight_Z) / max(spread, 1e-8)
     out_NN = np.zeros((N, N))

@@ -164,8 +164,7 @@ def _strength(sum_Z: np.ndarray, square_Z: np.ndarray, n_Z: np.ndarray, prior_Z:
         return 1.0
     noise_Z = (square_Z / n_Z - prior_Z**2).astype(np.float64)
     error_Z = (sum_Z / n_Z - prior_Z).astype(np.float64) ** 2
-    # Errors of pairs that few donors share scatter most, so they count least; from some 30 on, all count the same.
-    weight_Z = (n_Z / (n_Z + 30.0)).astype(np.float64) ** 2
+    weight_Z = n_Z.astype(np.float64) ** 2  # squared errors scatter as the square of noise / n
     spread = float(np.average(error_Z - noise_Z / n_Z, weights=weight_Z))
     return max(float(np.average(noise_Z, weights=weight_Z)), 1e-6) / max(spread, 1e-8)
 
