@@ -137,9 +137,10 @@ def reproduce(
     check(config)
     began, names = time.monotonic(), [name for name in parts.split(",") if name]
     plan = (study.quick if quick else study.full)(frozenset(METHODS))
-    if unknown := set(names) - {part.name for part in plan}:
+    if unknown := set(names) - {part.name for part in plan} - {cell.name for part in plan for cell in part.cells}:
         raise ValueError(
-            f"--parts: expected some of {', '.join(part.name for part in plan)}, found {', '.join(sorted(unknown))}"
+            f"--parts: expected some of {', '.join(part.name for part in plan)}, or names of their cells, found "
+            f"{', '.join(sorted(unknown))}"
         )
     first = with_changes(config, study.QUICK if quick else {})
     dataset = read(first)
@@ -157,16 +158,18 @@ def reproduce(
         for cell in part.cells:
             changed = with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
             path = workdir / "cells" / f"{cell.name}.json"
-            key = fingerprint("cell", dataset.fingerprint, to_json(changed))
+            tried = {name: dict(changes) for name, changes in cell.settings.items()}
+            key = fingerprint("cell", dataset.fingerprint, to_json(changed), *([tried] if tried else []))
             known = files.read_json(path) if path.exists() else {}
-            if known.get("fingerprint") != key and asked:
+            if known.get("fingerprint") != key and (asked or cell.name in names):
                 try:
                     loaded = load(changed, permuted() if changed.data.permute_labels else dataset)
                 except ValueError as error:  # this cell asks of the data what they do not have
                     log.warning("%s cannot be run: %s", cell.name, error)
                     refused[cell.name] = str(error)
                     continue
-                known = run_cell(changed, stages, loaded, command=command) | {"fingerprint": key}
+                found = run_cell(changed, stages, loaded, command=command, settings=cell.settings)
+                known = found | {"fingerprint": key}
                 files.write_json(path, known)
             if known.get("fingerprint") == key:
                 results[cell.name] = known
@@ -629,21 +632,33 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
     )
 
 
-def run_cell(config: ConfigDict, stages: Stages, loaded: Loaded, *, command: str) -> dict[str, Any]:
-    """Every method of a configuration for every seed, and what came of it, ready for JSON."""
+def run_cell(
+    config: ConfigDict,
+    stages: Stages,
+    loaded: Loaded,
+    *,
+    command: str,
+    settings: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, Any]:
+    """Every method of a configuration for every seed, and what came of it, ready for JSON.
+
+    With `settings` (changes of the section `ctr` that leave the inputs alone) each method has the one that suits it.
+    """
     began, before = time.monotonic(), stages.seconds_before
     trained: dict[str, list[Trained]] = {method: [] for method in config.evaluation.methods}
+    searched = search(config, stages, loaded, settings) if settings else []
+    suited = {row["method"]: with_changes(config, row["changes"]) for row in searched if row["chosen"]}
     for seed in config.seeds:
         context = Context(config, loaded, stages, seed)
         donation = borrow(context)
         for method, runs in trained.items():
-            runs.append(train_stage(context, donation, method))
+            runs.append(train_stage(context._replace(config=suited.get(method, config)), donation, method))
     results = {method: [run.predictions for run in runs] for method, runs in trained.items()}
     valid = {method: [run.valid for run in runs] for method, runs in trained.items()}
     if loaded.dataset.oracle_E is not None:
         results["best_possible"] = [predictions_of(loaded, loaded.dataset.oracle_E)] * len(config.seeds)
     if config.split.sparse_fraction and "base" in trained:
-        results["full_history"] = full_history(config, stages, loaded)
+        results["full_history"] = full_history(suited.get("base", config), stages, loaded)
     evaluated = report.evaluate(results, n_resamples=config.evaluation.bootstrap, seed=0)
     rows = report.quality_rows(
         evaluated, dataset=dataset_name(config, loaded), inputs=config.ctr.inputs, split=config.split.kind
@@ -666,9 +681,30 @@ def run_cell(config: ConfigDict, stages: Stages, loaded: Loaded, *, command: str
             for row in report.comparisons(evaluated, method=method, apart_from=others)
         ],
         "validation": seen,
+        "search": searched,
         "by_length": report.length_rows(results, loaded.rows.train_length_U),
         "config": to_json(config),
     }
+
+
+def search(
+    config: ConfigDict, stages: Stages, loaded: Loaded, settings: Mapping[str, Mapping[str, str]]
+) -> list[dict[str, Any]]:
+    """Tries each setting with each method on the first seed: one row for each, with the AUC of validation rows, and
+    which is chosen, the best for low-active users (the first of equals). Test scores are not looked at."""
+    context = Context(config, loaded, stages, config.seeds[0])
+    donation = borrow(context)
+    rows = []
+    for method in config.evaluation.methods:
+        tried = []
+        for name, changes in settings.items():
+            suited = context._replace(config=with_changes(config, changes))
+            (seen,) = report.validation_rows({method: [train_stage(suited, donation, method).valid]})
+            found = {group: seen[group]["mean"] for group in ("auc_low", "auc_all")}
+            tried.append({"method": method, "setting": name, "changes": dict(changes), **found})
+        best = max(tried, key=lambda row: row["auc_low"] or 0.0)
+        rows += [row | {"chosen": row is best} for row in tried]
+    return rows
 
 
 def full_history(config: ConfigDict, stages: Stages, loaded: Loaded) -> list[Predictions]:

@@ -14,7 +14,7 @@ from marsjax.data.permutation import permute_labels
 from marsjax.data.sampling import sample_users
 from marsjax.data.synthetic import make_synthetic
 from marsjax.evaluation import report, study_page
-from marsjax.evaluation.metrics import gauc
+from marsjax.evaluation.metrics import auc, gauc
 from marsjax.evaluation.plots import svg
 from marsjax.records import Predictions
 from marsjax.stages import Stages
@@ -92,7 +92,7 @@ def test_reproduce_writes_a_report_and_runs_nothing_twice(config, tmp_path, monk
     monkeypatch.setattr(study, "full", lambda known: plan)
     config.unlock()
     config.ctr.epochs, config.evaluation.bootstrap, config.alignment.epochs = 1, 20, 0.2
-    pipeline.reproduce(config, tmp_path, parts="table1,few,sparse,cases")
+    pipeline.reproduce(config, tmp_path, parts="table1,few,sparse3,never,cases")  # of a part, or of some cells
     page = (tmp_path / "report.html").read_text()
     text = (tmp_path / "report.md").read_text()
     for title in ("Table 1", "Methods", "Sparse", "Variants", "Cases"):
@@ -114,6 +114,42 @@ def test_reproduce_writes_a_report_and_runs_nothing_twice(config, tmp_path, monk
 
     monkeypatch.setattr(pipeline, "run_cell", no_training)
     pipeline.reproduce(config, tmp_path, parts="table1,few,sparse")
+
+
+def test_a_search_chooses_on_validation_rows_and_trains_all_seeds_with_that(config, tmp_path):
+    config.unlock()
+    config.seeds, config.ctr.epochs, config.evaluation.bootstrap, config.alignment.epochs = (0, 1), 1, 20, 0.0
+    config.evaluation.methods = ("base", "mars")
+    settings = {"still": {"ctr.learning_rate": "0"}, "learning": {}, "hasty": {"ctr.learning_rate": "0.02"}}
+    loaded, stages = pipeline.load(config), Stages(tmp_path)
+    found = pipeline.run_cell(config, stages, loaded, command="", settings=settings)
+    rows = {(row["method"], row["setting"]): row for row in found["search"]}
+    assert list(rows) == [(method, setting) for method in ("base", "mars") for setting in settings]
+    for method in ("base", "mars"):
+        tried = {setting: rows[method, setting]["auc_low"] for setting in settings}
+        (chosen,) = [setting for setting in settings if rows[method, setting]["chosen"]]
+        assert tried[chosen] == max(tried.values())
+        assert chosen != "still"
+        folders = list((tmp_path / "stages").glob(f"{method}-seed*"))
+        assert len(folders) == len(settings) + 1  # the second seed with the chosen one alone
+        expected = []
+        for seed in (0, 1):
+            suited = pipeline.with_changes(config, settings[chosen])
+            context = pipeline.Context(suited, loaded, stages, seed)
+            trained = pipeline.train_stage(context, pipeline.borrow(context), method)
+            predictions = trained.predictions
+            expected.append(auc(predictions.label_B, predictions.score_B))
+        (mean,) = [
+            row["mean"]
+            for row in found["rows"]
+            if (row["method"], row["group"], row["metric"]) == (method, "all", "auc")
+        ]
+        np.testing.assert_allclose(mean, np.mean(expected), rtol=1e-12)
+    cell = study.Cell("search", "5 events", ("base", "mars"), {}, 5.0, settings)
+    part = study.Part("search", "Search", "search", "All.", (cell,), "events")
+    table = study_page.section(part, {"search": found}, {}).parts[0]
+    assert table.header == ("method", *settings)
+    assert [sum("(chosen)" in value for value in line) for line in table.lines] == [1, 1]
 
 
 def test_a_sample_of_users_keeps_their_events_as_they_were():

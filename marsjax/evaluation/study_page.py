@@ -128,7 +128,11 @@ def by_length(result: Results) -> list[Plot]:
         for row in result["by_length"]
         if row["method"] not in ("base", "best_possible", "full_history")
     ]
-    shown = [line for line in series if line.name in ("mars", "mars_vote", "random_donor", "short_histories")]
+    shown = [
+        line
+        for line in series
+        if line.name in ("mars", "mars_posterior", "mars_short_posterior", "random_donor", "short_histories")
+    ]
     caption = "Gain in AUC over the base by the user's own history (tenths of the test rows)"
     if not shown:
         return []
@@ -215,6 +219,24 @@ def of_sparse(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
     return tuple(drawn)
 
 
+def of_search(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
+    """What was tried and chosen on validation rows, then the methods with what was chosen."""
+    drawn: list[Table | Plot | Case] = []
+    for _, result in finished:
+        settings = list(dict.fromkeys(row["setting"] for row in result["search"]))
+        by_method: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for row in result["search"]:
+            by_method.setdefault(row["method"], {})[row["setting"]] = row
+
+        def shown(row: Mapping[str, Any]) -> str:
+            value = "-" if row["auc_low"] is None else f"{row['auc_low']:.4f}"
+            return f"{value} (chosen)" if row["chosen"] else value
+
+        lines = tuple((method, *(shown(rows[name]) for name in settings)) for method, rows in by_method.items())
+        drawn.append(Table("AUC of low-active users' validation rows, first seed", ("method", *settings), lines))
+    return tuple(drawn) + of_sparse(part, finished)
+
+
 def of_sweep(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
     """AUC of low-active users against one value."""
     table, _ = of_variants(part, finished)
@@ -262,5 +284,6 @@ DRAWN: dict[str, Callable[[Part, Sequence[tuple[Any, Results]]], Drawn]] = {
     "variants": of_variants,
     "sparse": of_sparse,
     "sweep": of_sweep,
+    "search": of_search,
     "cases": _nothing,
 }
