@@ -30,10 +30,9 @@ def get_config(variant: str = ""):
         "base",
         "random_donor",
         "mars",
-        "mars_without_target",
-        "mars_vote",
-        "everybody_votes",
-        "collaborative_vote",
+        "mars_posterior",
+        "mars_short_posterior",
+        "collaborative_posterior",
     )
     if "unaligned" in options:
         config.alignment.beta = 0.0

@@ -9,7 +9,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -781,7 +781,8 @@ def dataset_name(config: ConfigDict, loaded: Loaded) -> str:
 
 
 def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
-    """Low-active users with what they did, what MARS lends them, and what it left out of the donor's history."""
+    """Low-active users with what they did, what MARS lends them, what it left out of the donor's history, and what the
+    donors' opinions lead one to expect of them."""
     config, loaded, _, seed = context
     dataset, rows = loaded.dataset, loaded.rows
     donation = borrow(context)
@@ -799,8 +800,15 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
             image = next((path for end in ("jpg", "jpeg", "png") if (path := folder / f"{name}.{end}").is_file()), None)
         return page.ItemCard(str(dataset.items.title_N[item]) or str(dataset.items.raw_id_N[item]), note, image)
 
+    settings = posterior_settings(config)
+    opinions = posterior.learn_opinions(
+        dataset.log, rows, donation.donors.user_P, donation.item_ND, n_items=len(donation.item_ND), settings=settings
+    )
+    expected_QN = posterior.expect_all(
+        rows.histories, opinions, user_Q[chosen_Q], rows.histories.train_end_U[user_Q[chosen_Q]], cap=settings.cap
+    )
     out = []
-    for query in chosen_Q:
+    for query, expected_N in zip(chosen_Q, expected_QN, strict=True):
         user, slot_S = user_Q[query], np.flatnonzero(candidates.item_QS[query] > 0)
         slot_S = slot_S[np.argsort(-candidates.similarity_QS[query, slot_S], kind="stable")]
         own = slice(rows.histories.start_U1[user], rows.histories.train_end_U[user])
@@ -824,6 +832,10 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
                     ),
                 )
             )
+        met = np.unique(rows.histories.item_H[own])
+        ranked = [int(item) for item in np.argsort(-expected_N, kind="stable") if item > 0 and item not in met]
+        strips.append(("expected to like more than others do", tuple(_expected(card, ranked[:8], expected_N))))
+        strips.append(("expected to like less than others do", tuple(_expected(card, ranked[:-9:-1], expected_N))))
         donors = np.unique(candidates.donor_QS[query, slot_S])
         facts = (
             f"{own.stop - own.start} training events; donor {', '.join(map(str, dataset.log.raw_user_U[donors]))}, "
@@ -832,6 +844,12 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
         )
         out.append(page.Case(f"User {dataset.log.raw_user_U[user]}", facts, tuple(strips)))
     return tuple(out)
+
+
+def _expected(
+    card: Callable[[int, str], page.ItemCard], item_X: Sequence[int], expected_N: np.ndarray
+) -> Iterator[page.ItemCard]:
+    return (card(item, f"expected {expected_N[item]:+.2f}") for item in item_X)
 
 
 SOURCES = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}
@@ -859,6 +877,11 @@ def predictions_of(
     )
 
 
+def posterior_settings(config: ConfigDict) -> posterior.Settings:
+    """How opinions are expected."""
+    return posterior.Settings(config.posterior.components, config.posterior.folds, config.retrieval.history)
+
+
 def treat(context: Context, donation: Donation, method: str) -> Treatment:
     """What `method` lends."""
     config, loaded, _, seed = context
@@ -878,7 +901,7 @@ def treat(context: Context, donation: Donation, method: str) -> Treatment:
             time_safe=config.augmentation.time_safe,
         ),
         low_only=config.votes.low_only,
-        posterior=posterior.Settings(config.posterior.components, config.posterior.folds, config.retrieval.history),
+        posterior=posterior_settings(config),
         cut_share=config.short.share,
         baselines=baselines.Settings(config.baselines.mode, config.baselines.view_length),
         seed=seed,

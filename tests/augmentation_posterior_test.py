@@ -122,6 +122,19 @@ def test_expectations_are_gaussian_process_regression(data):
     assert not found_R2[without_R].any()
 
 
+def test_expectations_on_all_items_are_those_on_targets(data):
+    log, rows, item_ND, donors = data
+    opinions = learn_opinions(log, rows, donors, item_ND, n_items=N, settings=SETTINGS)
+    row_R = np.arange(0, len(log.item_E), 11)
+    found_RN = posterior.expect_all(
+        rows.histories, opinions, rows.user_E[row_R], rows.histories.end_E[row_R], cap=SETTINGS.cap
+    )
+    on_target_R = found_RN[np.arange(len(row_R)), log.item_E[row_R]]
+    expected_R = expect(log, rows, opinions, row_R, settings=SETTINGS)[:, 0]
+    np.testing.assert_allclose(4 * on_target_R, expected_R, atol=1e-5)
+    assert np.abs(expected_R).max() > 0.05
+
+
 def test_chunks_and_padding_change_nothing(data, monkeypatch):
     log, rows, item_ND, donors = data
     settings = SETTINGS._replace(cap=20)

@@ -80,8 +80,7 @@ def mars_vote_and_items(offer: Offer) -> Treatment:
 
 def short_histories(offer: Offer) -> Treatment:
     """Users who are not low-active are also shown as if they were, and low-active users are known by their history."""
-    rows, cut_E = cut_histories(offer.rows, share=offer.cut_share, seed=offer.seed)
-    return Treatment(rows=rows, hidden_E=cut_E | (rows.group_U[rows.user_E] == LOW))
+    return shorten(offer)[1]
 
 
 def mars_posterior(offer: Offer) -> Treatment:
@@ -91,8 +90,8 @@ def mars_posterior(offer: Offer) -> Treatment:
 
 def mars_short_posterior(offer: Offer) -> Treatment:
     """Short histories, and what is to be expected given these."""
-    short = short_histories(offer)
-    return short._replace(dense_EJ=mars_posterior(offer._replace(rows=short.rows or offer.rows)).dense_EJ)
+    shorter, treatment = shorten(offer)
+    return treatment._replace(dense_EJ=mars_posterior(shorter).dense_EJ)
 
 
 def mars_train_only(offer: Offer) -> Treatment:
@@ -107,8 +106,8 @@ def mars_test_only(offer: Offer) -> Treatment:
 
 def mars_short_vote(offer: Offer) -> Treatment:
     """Short histories, and the vote of the donors who are similar by them."""
-    short = short_histories(offer)
-    return short._replace(dense_EJ=mars_vote(offer._replace(rows=short.rows or offer.rows)).dense_EJ)
+    shorter, treatment = shorten(offer)
+    return treatment._replace(dense_EJ=mars_vote(shorter).dense_EJ)
 
 
 def everybody_votes(offer: Offer) -> Treatment:
@@ -244,6 +243,12 @@ def ask(offer: Offer, item_ND: np.ndarray) -> Treatment:
     row_R = np.flatnonzero(asks_E)
     dense_E2[row_R] = votes.vote(offer.log, offer.rows, voters, item_ND, row_R, offer.votes)
     return Treatment(dense_EJ=dense_E2)
+
+
+def shorten(offer: Offer) -> tuple[Offer, Treatment]:
+    """The offer with a share of the histories cut short, and the treatment that shows these."""
+    rows, cut_E = cut_histories(offer.rows, share=offer.cut_share, seed=offer.seed)
+    return offer._replace(rows=rows), Treatment(rows=rows, hidden_E=cut_E | (rows.group_U[rows.user_E] == LOW))
 
 
 def expect(offer: Offer, item_ND: np.ndarray | None) -> Treatment:

@@ -24,7 +24,7 @@ import scipy.sparse.linalg
 
 from marsjax.augmentation.votes import centred
 from marsjax.data.histories import own_tails
-from marsjax.records import TRAIN, Array, Log, Rows
+from marsjax.records import TRAIN, Array, Histories, Log, Rows
 
 CHUNK = 2048  # rows at a time
 PRIOR = 5.0  # events that the overall rate counts for in the rate of likes of an item
@@ -228,3 +228,23 @@ def _expect(item_CL: Array, label_CL: Array, target_C: Array, usual_N: Array, lo
     mean_C = jnp.sum(solved_CK * opinion_CK, axis=1)
     explained_C = jnp.einsum("ck,ckm,cm->c", solved_CK, known_CKK, target_CK)
     return 4.0 * jnp.stack([mean_C, jnp.sqrt(jnp.maximum(explained_C, 0.0))], axis=1)
+
+
+def expect_all(
+    histories: Histories, opinions: Opinions, user_Q: np.ndarray, end_Q: np.ndarray, *, cap: int
+) -> np.ndarray:
+    """The expected opinions of a few users on all items, [Q, N] float32 in units of the label, to look at.
+
+    A user is known by the last `cap` entries of the history before `end_Q`.
+    """
+    out_QN = np.zeros((len(user_Q), opinions.usual_FN.shape[1]), np.float32)
+    for query, (user, end) in enumerate(zip(user_Q, end_Q, strict=True)):
+        fold, begin = user % len(opinions.usual_FN), max(histories.start_U1[user], end - cap)
+        item_L, label_L = histories.item_H[begin:end], histories.label_H[begin:end]
+        usual_N, loading_NK = opinions.usual_FN[fold], opinions.loading_FNK[fold]
+        loading_LK, usual_L = loading_NK[item_L], usual_N[item_L]
+        noise_L = np.maximum(usual_L * (1 - usual_L) - np.sum(loading_LK**2, axis=1), LEAST_NOISE)
+        weighted_KL = loading_LK.T / noise_L[None]
+        known_KK = weighted_KL @ loading_LK + np.eye(loading_NK.shape[1])
+        out_QN[query] = loading_NK @ np.linalg.solve(known_KK, weighted_KL @ (label_L - usual_L))
+    return out_QN
