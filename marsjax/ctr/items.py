@@ -90,16 +90,23 @@ class Embedding(nn.Module):
     rows: int
     width: int
     stddev: float
+    zero_is_none: bool = False  # the vector of number 0 is 0 and stays so
 
     @nn.compact
     def __call__(self, number: Array) -> jax.Array:
         """Numbers [...] -> [..., width]."""
-        return self.param("table", nn.initializers.normal(stddev=self.stddev), (self.rows, self.width))[number]
+        table = self.param("table", nn.initializers.normal(stddev=self.stddev), (self.rows, self.width))
+        found = table[number]
+        return jnp.where(number[..., None] > 0, found, 0.0) if self.zero_is_none else found
 
 
 def user_embedding(n_users: int, width: int) -> Embedding:
-    """Of users' numbers + 1; 0 is padding and unknown users."""
-    return Embedding(n_users + 1, width, stddev=0.01)
+    """Of users' numbers + 1; 0 is padding and unknown users.
+
+    Vectors start near 0 and few rows move them little, so a user of few events is much like an unknown one, whose
+    vector is 0: what the tower learns of users whose id is hidden holds for them too.
+    """
+    return Embedding(n_users + 1, width, stddev=0.01, zero_is_none=True)
 
 
 def feedback_embedding() -> Embedding:

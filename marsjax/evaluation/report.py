@@ -208,6 +208,27 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     return header, lines
 
 
+def short_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table of methods that fits a screen: what is gained over the base, for whom."""
+    by_key = {(row["method"], row["group"], row["metric"]): row for row in rows}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    wanted = [("auc", "low"), ("gauc", "low"), ("auc", "all")]
+    wanted = [(metric, group) for metric, group in wanted if by_key[methods[0], group, metric]["mean"] is not None]
+    header = ["method"]
+    for metric, group in wanted:
+        header += [f"{metric} {group}", "to base [95%], p"]
+    lines = []
+    for method in methods:
+        line = [method]
+        for metric, group in wanted:
+            row = by_key[method, group, metric]
+            line.append("-" if row["mean"] is None else f"{row['mean']:.4f}")
+            known = row.get("difference") is not None
+            line.append(_difference({**row, "p_t_test": None}, row["p_vs_base"]) if known else "")
+        lines.append(line)
+    return header, lines
+
+
 def value_and_difference(row: Mapping[str, Any]) -> tuple[str, str]:
     """A mean with its spread, and its difference to the base; empty where there is none."""
     spread = f" ± {row['std']:.4f}" if row["seeds"] > 1 else ""
@@ -240,9 +261,9 @@ def comparison_cells(compared: Sequence[Mapping[str, Any]]) -> tuple[list[str], 
 
 
 def as_table(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Plain text for a terminal."""
-    text = [title(rows)]
-    for header, lines in [cells(rows), *(comparison_cells(family) for family in families(compared))]:
+    """Plain text for a terminal, the short table of methods."""
+    text = [title(rows, short=True)]
+    for header, lines in [short_cells(rows), *(comparison_cells(family) for family in families(compared))]:
         widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
         padded = [
             "  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip()
@@ -253,20 +274,28 @@ def as_table(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, 
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Markdown tables."""
-    text = [title(rows), ""]
-    for header, lines in [cells(rows), *(comparison_cells(family) for family in families(compared))]:
-        text += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)] + [""]
-    return "\n".join(text)
+    """Markdown tables with everything."""
+    tables = [cells(rows), *(comparison_cells(family) for family in families(compared))]
+    return "\n".join([title(rows), "", *(_markdown(*table) for table in tables)])
 
 
-def title(rows: Sequence[Mapping[str, Any]]) -> str:
+def as_short_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The short table of methods."""
+    return "\n".join([title(rows, short=True), "", _markdown(*short_cells(rows))])
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(line) + " |\n" for line in (header, ["---"] * len(header), *lines))
+
+
+def title(rows: Sequence[Mapping[str, Any]], *, short: bool = False) -> str:
     """What was run, how often, on how many rows, and what the columns mean."""
     count = next(row["mean"] for row in rows if row["metric"] == "rows")
     low = next(row["mean"] for row in rows if row["metric"] == "rows" and row["group"] == "low")
     first = rows[0]
+    columns = "" if short else "; t: p of a t-test over seeds; lent: borrowed items a row"
+    claim = "" if first["seeds"] >= ENOUGH_SEEDS else f"; fewer than {ENOUGH_SEEDS} seeds: no claim"
     return (
-        f"{first['dataset']}, {first['split']}, {first['seeds']} seed(s); {count:.0f} test rows, {low:.0f} of "
-        "low-active users; intervals and p: paired bootstrap over users; t: p of a t-test over seeds; lent: borrowed "
-        "items a row" + ("" if first["seeds"] >= ENOUGH_SEEDS else f"; fewer than {ENOUGH_SEEDS} seeds: no claim")
+        f"{first['dataset']}, {first['split']}, {first['inputs']} inputs, {first['seeds']} seed(s); {count:.0f} test "
+        f"rows, {low:.0f} of low-active users; intervals and p: paired bootstrap over users{columns}{claim}"
     )
