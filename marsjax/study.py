@@ -36,7 +36,7 @@ class Part(NamedTuple):
 
 CONTROLS = (
     "random_donor", "popular_items", "tfidf_donor", "everybody_votes", "collaborative_vote", "collaborative_posterior",
-    "short_histories",
+    "hidden_ids", "short_histories",
 )  # fmt: skip
 BASELINES = ("ran", "ran_s", "reppad", "cmr", "cmrsi", "cl4srec", "coserec", "basrec")
 PUBLISHED = ("mars", "mars_time_safe", "mars_without_target", "mars_train_only", "mars_test_only")
@@ -97,7 +97,8 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
     followed = tuple(
         name
         for name in ("base", "mars", "random_donor", "tfidf_donor", "mars_vote", "mars_posterior",
-                     "mars_short_posterior", "collaborative_posterior", "short_histories", "cmr", "reppad", "coserec")
+                     "mars_short_posterior", "collaborative_posterior", "hidden_ids", "short_histories", "cmr",
+                     "reppad", "coserec")
         if name in known
     )  # fmt: skip
     return (

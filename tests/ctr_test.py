@@ -210,6 +210,22 @@ def test_loss_is_mean_cross_entropy_over_weighted_rows():
     np.testing.assert_allclose(share.loss, row_B[[0, 1, 3, 4]].mean(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("backbone", ["din", "dnn"])
+def test_an_unknown_user_is_one_whose_vector_is_zero(backbone):
+    model, variables = build(backbone=backbone)
+    rows = batch()
+    table = variables["params"]["users"]["table"]
+    assert (table[0] != 0).all()
+    known = table.at[3].set(0.0)
+    logits = [
+        model.apply({**variables, "params": {**variables["params"], "users": {"table": users}}},
+                    rows._replace(user_B=np.full(5, user, np.int32)), TABLES, train=False)
+        for users, user in ((table, 0), (known, 3), (table, 3))
+    ]  # fmt: skip
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert np.abs(np.asarray(logits[0]) - np.asarray(logits[2])).max() > 1e-3
+
+
 def test_unknown_backbone_is_refused():
     with pytest.raises(ValueError, match="din.*dnn.*found 'mlp'"):
         build(backbone="mlp")

@@ -88,6 +88,11 @@ def mars_posterior(offer: Offer) -> Treatment:
     return expect(offer, offer.item_ND)
 
 
+def hidden_ids(offer: Offer) -> Treatment:
+    """Control: low-active users are known by their history alone, as where ids of few rows are dropped."""
+    return Treatment(hidden_E=offer.rows.group_U[offer.rows.user_E] == LOW)
+
+
 def mars_short_posterior(offer: Offer) -> Treatment:
     """Short histories, and what is to be expected given these."""
     shorter, treatment = shorten(offer)
@@ -209,6 +214,7 @@ METHODS: dict[str, Method] = {
     "mars_posterior": Method(mars_posterior, numbers=2, posterior=True, offline=True),
     "mars_train_only": Method(mars_train_only, offline=True),
     "mars_test_only": Method(mars_test_only, offline=True),
+    "hidden_ids": Method(hidden_ids, borrows=False, offline=True),
     "short_histories": Method(short_histories, offline=True),
     "mars_short_vote": Method(mars_short_vote, numbers=2, offline=True),
     "mars_short_posterior": Method(mars_short_posterior, numbers=2, posterior=True, offline=True),
