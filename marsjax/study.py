@@ -50,7 +50,7 @@ SPARSE = {"split.kind": "last_fraction", "split.sparse_fraction": "0.3"}
 SETTINGS = {
     "as configured": {},
     "a third of the learning rate": {"ctr.learning_rate": "0.0003"},
-    "weight decay 0.1": {"ctr.weight_decay": "0.1"},
+    "weight decay 1": {"ctr.weight_decay": "1"},
     "without the user's id": {"ctr.user_id": "false"},
 }
 

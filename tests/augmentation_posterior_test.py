@@ -220,3 +220,23 @@ def test_donors_who_share_nothing_tell_nothing():
         assert not opinions.loading_FNK.any()
         assert np.isfinite(opinions.usual_FN).all()
         assert not expect(log, rows, opinions, np.arange(3), settings=settings).any()
+
+
+def test_labels_without_meaning_are_not_told_by_their_own_row():
+    """All users are donors and labels are coins: what rows are lent must not go with their own labels."""
+    log = make_log(3, n_users=150, n_items=40)
+    rows = make_rows(log, split="last_fraction", low_fraction=0.0, high_fraction=1.0)
+    settings = Settings(components=8, folds=5)
+    opinions = learn_opinions(log, rows, np.arange(150), None, n_items=40, settings=settings)
+    row_R = np.flatnonzero(rows.split_E == TRAIN)
+
+    def told(opinions):
+        mean_R = expect(log, rows, opinions, row_R, settings=settings)[:, 0]
+        usual_R = opinions.usual_FN[rows.user_E[row_R] % len(opinions.usual_FN), log.item_E[row_R]]
+        return [np.corrcoef(value_R, log.label_E[row_R])[0, 1] for value_R in (mean_R, usual_R)]
+
+    noise = 3 / np.sqrt(len(row_R))
+    assert max(told(opinions)) < noise
+    # Were the user's own fold asked as well, both would tell.
+    wrong = Opinions(np.roll(opinions.usual_FN, 1, axis=0), np.roll(opinions.loading_FNK, 1, axis=0))
+    assert min(told(wrong)) > noise
