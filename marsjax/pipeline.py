@@ -237,9 +237,10 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             "histories, and no model was trained on those of the sparse users"
         )
     if config.ctr.inputs != "ids" or METHODS[config.export.method].offline:
+        served = ", ".join(name for name, method in METHODS.items() if not method.offline)
         raise ValueError(
-            f"export: expected ctr.inputs=ids and a method that lends items, found {config.ctr.inputs} and "
-            f"{config.export.method}; a bundle holds no feedback marks, prior rates or votes to score with yet"
+            f"export: expected ctr.inputs=ids and one of {served}, found {config.ctr.inputs} and "
+            f"{config.export.method}; a bundle holds no marks, rates, votes or opinions to score with yet"
         )
     context = Context(config, load(config), Stages(workdir), config.seeds[0])
     space = align_stage(context)
@@ -339,6 +340,13 @@ def check(config: ConfigDict) -> None:
     ):
         if not low <= value <= high:
             raise ValueError(f"config.{key} expects a number from {low:g} to {high:g}, got {value}")
+    later = [name for name in config.evaluation.methods if METHODS[name].posterior]
+    if config.augmentation.time_safe and later:
+        raise ValueError(
+            "augmentation.time_safe: expected methods that can leave out what donors did later, found "
+            f"{', '.join(later)} in evaluation.methods; leave these out, or let split.kind=global_time keep what is "
+            "later out of training"
+        )
     mars.check_theta(config.augmentation.theta, config.augmentation.theta_quantile)
 
 
@@ -642,7 +650,8 @@ def run_cell(
 ) -> dict[str, Any]:
     """Every method of a configuration for every seed, and what came of it, ready for JSON.
 
-    With `settings` (changes of the section `ctr` that leave the inputs alone) each method has the one that suits it.
+    With `settings` (changes of the section `ctr` that leave the inputs alone) each method has the one that suits it;
+    ValueError where they change anything else.
     """
     began, before = time.monotonic(), stages.seconds_before
     trained: dict[str, list[Trained]] = {method: [] for method in config.evaluation.methods}
@@ -658,7 +667,7 @@ def run_cell(
     if loaded.dataset.oracle_E is not None:
         results["best_possible"] = [predictions_of(loaded, loaded.dataset.oracle_E)] * len(config.seeds)
     if config.split.sparse_fraction and "base" in trained:
-        results["full_history"] = full_history(suited.get("base", config), stages, loaded)
+        results["full_history"] = full_history(config, stages, loaded)
     evaluated = report.evaluate(results, n_resamples=config.evaluation.bootstrap, seed=0)
     rows = report.quality_rows(
         evaluated, dataset=dataset_name(config, loaded), inputs=config.ctr.inputs, split=config.split.kind
@@ -691,7 +700,13 @@ def search(
     config: ConfigDict, stages: Stages, loaded: Loaded, settings: Mapping[str, Mapping[str, str]]
 ) -> list[dict[str, Any]]:
     """Tries each setting with each method on the first seed: one row for each, with the AUC of validation rows, and
-    which is chosen, the best for low-active users (the first of equals). Test scores are not looked at."""
+    which is chosen, the best for low-active users (the first of equals). Test scores are written and not looked at."""
+    for name, changes in settings.items():
+        if wrong := [key for key in changes if not key.startswith("ctr.") or key in ("ctr.inputs", "ctr.components")]:
+            raise ValueError(
+                f"search: expected settings of the training and the model, found {', '.join(wrong)} in {name!r}; what "
+                "changes the data or the inputs is a cell of its own"
+            )
     context = Context(config, loaded, stages, config.seeds[0])
     donation = borrow(context)
     rows = []
@@ -801,12 +816,16 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
         return page.ItemCard(str(dataset.items.title_N[item]) or str(dataset.items.raw_id_N[item]), note, image)
 
     settings = posterior_settings(config)
-    opinions = posterior.learn_opinions(
-        dataset.log, rows, donation.donors.user_P, donation.item_ND, n_items=len(donation.item_ND), settings=settings
-    )
-    expected_QN = posterior.expect_all(
-        rows.histories, opinions, user_Q[chosen_Q], rows.histories.train_end_U[user_Q[chosen_Q]], cap=settings.cap
-    )
+    try:
+        opinions = posterior.learn_opinions(
+            dataset.log, rows, donation.donors.user_P, donation.item_ND, n_items=len(donation.item_ND),
+            settings=settings,
+        )  # fmt: skip
+        end_X = rows.histories.train_end_U[user_Q[chosen_Q]]
+        expected_QN = posterior.expect_all(rows.histories, opinions, user_Q[chosen_Q], end_X, cap=settings.cap)
+    except ValueError as error:  # too much to count: the rest is shown
+        log.warning("cases: %s", error)
+        expected_QN = np.zeros((len(chosen_Q), len(donation.item_ND)), np.float32)
     out = []
     for query, expected_N in zip(chosen_Q, expected_QN, strict=True):
         user, slot_S = user_Q[query], np.flatnonzero(candidates.item_QS[query] > 0)
@@ -834,8 +853,9 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
             )
         met = np.unique(rows.histories.item_H[own])
         ranked = [int(item) for item in np.argsort(-expected_N, kind="stable") if item > 0 and item not in met]
-        strips.append(("expected to like more than others do", tuple(_expected(card, ranked[:8], expected_N))))
-        strips.append(("expected to like less than others do", tuple(_expected(card, ranked[:-9:-1], expected_N))))
+        more, less = ([i for i in ranked if sign * expected_N[i] > 0][::sign][:8] for sign in (1, -1))
+        strips.append(("expected to like more than others do", tuple(_expected(card, more, expected_N))))
+        strips.append(("expected to like less than others do", tuple(_expected(card, less, expected_N))))
         donors = np.unique(candidates.donor_QS[query, slot_S])
         facts = (
             f"{own.stop - own.start} training events; donor {', '.join(map(str, dataset.log.raw_user_U[donors]))}, "

@@ -49,7 +49,7 @@ ALONE = ("base", "mars", "mars_posterior")  # what is followed through ablations
 SPARSE = {"split.kind": "last_fraction", "split.sparse_fraction": "0.3"}
 SETTINGS = {
     "as configured": {},
-    "a third of the learning rate": {"ctr.learning_rate": "0.0003"},
+    "learning rate 0.0003": {"ctr.learning_rate": "0.0003"},
     "weight decay 1": {"ctr.weight_decay": "1"},
     "without the user's id": {"ctr.user_id": "false"},
 }
@@ -163,7 +163,7 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "Every method with the setting that suits it",
             "search",
             "Each method is tried with each setting on the first seed. The one with the best AUC of the low-active "
-            "users' validation rows is trained with all seeds; test rows are scored with that one alone.",
+            "users' validation rows is trained with all seeds; test rows are judged with that one alone.",
             (
                 Cell(
                     "search_sparse5_strong", "5 events", table_2(known),

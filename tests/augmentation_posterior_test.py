@@ -222,6 +222,38 @@ def test_donors_who_share_nothing_tell_nothing():
         assert not expect(log, rows, opinions, np.arange(3), settings=settings).any()
 
 
+def test_an_item_met_again_counts_once_with_the_mean_label(data):
+    log, rows, item_ND, donors = data
+    again = log._replace(
+        start_U1=np.append(0, np.cumsum(2 * np.diff(log.start_U1))),
+        item_E=np.repeat(log.item_E, 2),
+        label_E=np.repeat(log.label_E, 2),
+        time_E=np.repeat(log.time_E, 2),
+    )
+    twice = rows._replace(user_E=np.repeat(rows.user_E, 2), split_E=np.repeat(rows.split_E, 2))
+    once, found = (
+        learn_opinions(which, shown, donors, item_ND, n_items=N, settings=SETTINGS)
+        for which, shown in ((log, rows), (again, twice))
+    )
+    for value, expected in zip(found, once, strict=True):
+        np.testing.assert_allclose(np.abs(value), np.abs(expected), atol=1e-4)
+
+
+def test_cosines_are_the_same_in_blocks(monkeypatch):
+    vector_ND = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    left_Z, right_Z = np.nonzero(np.random.default_rng(1).random((30, 30)) < 0.2)
+    monkeypatch.setattr(posterior, "CELLS", 100)
+    expected_Z = np.einsum("zd,zd->z", vector_ND[left_Z], vector_ND[right_Z])
+    np.testing.assert_allclose(posterior._cosines(vector_ND, left_Z, right_Z), expected_Z, rtol=1e-5, atol=1e-6)
+
+
+def test_too_many_pairs_are_refused(data, monkeypatch):
+    log, rows, item_ND, donors = data
+    monkeypatch.setattr(posterior, "LARGEST", 50)
+    with pytest.raises(ValueError, match="expected at most 50 pairs of items known to one donor, found [0-9,]*; lower"):
+        learn_opinions(log, rows, donors, item_ND, n_items=N, settings=SETTINGS)
+
+
 def test_labels_without_meaning_are_not_told_by_their_own_row():
     """All users are donors and labels are coins: what rows are lent must not go with their own labels."""
     log = make_log(3, n_users=150, n_items=40)

@@ -64,11 +64,10 @@ def test_tables(rows):
     assert "360 test rows, 120 of low-active users" in text
     assert "fewer than 5 seeds: no claim" in text
     mars = row_of(rows, method="mars", group="low", metric="auc")
-    assert f"p {mars['p_vs_base']:.3f}" in text
-    assert f"p {mars['p_vs_base']:.3f}, t {mars['p_t_test']:.3f}" in report.as_markdown(rows)
+    assert f"p {mars['p_vs_base']:.3f}, t {mars['p_t_test']:.3f}" in text
     for markdown in (report.as_markdown(rows), report.as_short_markdown(rows)):
         assert markdown.count("\n| ") == 4
-    assert max(map(len, text.splitlines()[2:])) < 150  # fits a wide terminal
+    assert max(map(len, text.splitlines()[2:])) < 180  # fits a wide terminal
     json.dumps(rows, allow_nan=False)
 
 

@@ -152,6 +152,8 @@ def test_a_search_chooses_on_validation_rows_and_trains_all_seeds_with_that(conf
         tests = [drawn(method, epochs, 20 + seed) for seed in (0, 1)]
         (row,) = [r for r in found["rows"] if (r["method"], r["group"], r["metric"]) == (method, "all", "auc")]
         np.testing.assert_allclose(row["mean"], np.mean([auc(t.label_B, t.score_B) for t in tests]), rtol=1e-12)
+    with pytest.raises(ValueError, match="search: expected settings of the training .* found ctr.inputs in 'wrong'"):
+        pipeline.run_cell(config, Stages(tmp_path), loaded, command="", settings={"wrong": {"ctr.inputs": "strong"}})
     cell = study.Cell("search", "5 events", ("base", "mars"), {}, 5.0, settings)
     part = study.Part("search", "Search", "search", "All.", (cell,), "events")
     table = study_page.section(part, {"search": found}, {}).parts[0]
@@ -268,3 +270,12 @@ def test_the_ceiling_of_sparse_users_is_one_stage_whatever_they_keep(config, tmp
         config.split.sparse_events = count
         pipeline.full_history(config, Stages(tmp_path), pipeline.load(config))
     assert len(list((tmp_path / "stages").glob("base-*"))) == 1
+
+
+def test_what_donors_do_later_is_refused_where_it_is_to_be_left_out(config):
+    changes = {"augmentation.time_safe": "true", "evaluation.methods": "base,mars_posterior"}
+    with pytest.raises(
+        ValueError, match="augmentation.time_safe: expected .* found mars_posterior in evaluation.methods"
+    ):
+        pipeline.check(pipeline.with_changes(config, changes))
+    pipeline.check(pipeline.with_changes(config, {**changes, "evaluation.methods": "base,mars"}))

@@ -9,6 +9,7 @@ from marsjax.data.histories import ragged_histories
 from marsjax.records import Borrowed, Donors, Histories, Queries
 
 CHUNK = 8192  # queries at a time
+CELLS = 2**24  # queries x donors at a time
 ROUNDS = 50  # donors that a query asks at the most; only a budget near the size of the catalogue needs so many
 
 
@@ -93,11 +94,11 @@ def popular_items(donors: Donors, budget_Q: np.ndarray, *, n_items: int) -> Borr
 
 
 def tfidf_donor(donors: Donors, histories: Histories, queries: Queries, budget_Q: np.ndarray, n_items: int) -> Borrowed:
-    """Each query borrows the last items, its budget at the most, of the donor whose set of items is most like its own.
+    """Each query borrows the last items, its budget at the most, of the donor whose items are most like its own.
 
-    Sets are compared by the cosine of TF-IDF vectors over item ids, with the smooth weight ln((1 + P) / (1 + P_i)) + 1
-    of an item that P_i of P donors hold. Among equals the lower user number lends; nobody lends to a query that shares
-    no item with any donor.
+    Histories are compared by the cosine of TF-IDF vectors over item ids, with the smooth weight
+    ln((1 + P) / (1 + P_i)) + 1 of an item that P_i of P donors hold; an item met twice counts twice. Among equals the
+    lower user number lends; nobody lends to a query that shares no item with any donor.
     """
     held_PL, cap = donors.item_PL > 0, donors.item_PL.shape[1]
     donor_X, column_X = np.nonzero(held_PL)
@@ -107,10 +108,11 @@ def tfidf_donor(donors: Donors, histories: Histories, queries: Queries, budget_Q
     query_X = np.repeat(np.arange(len(queries.user_Q)), np.diff(begin_Q1))
     query_QN = _unit_sets(query_X, histories.item_H[at_X], weight, len(queries.user_Q))
     best_Q, similarity_Q = np.zeros(len(budget_Q), np.int64), np.zeros(len(budget_Q), np.float32)
-    for first in range(0, len(budget_Q), CHUNK):
-        similarity_BP = (query_QN[first : first + CHUNK] @ donor_PN.T).toarray()
-        best_Q[first : first + CHUNK] = similarity_BP.argmax(axis=1)
-        similarity_Q[first : first + CHUNK] = similarity_BP.max(axis=1)
+    chunk = max(CELLS // len(donors.user_P), 1)
+    for first in range(0, len(budget_Q), chunk):
+        similarity_BP = (query_QN[first : first + chunk] @ donor_PN.T).toarray()
+        best_Q[first : first + chunk] = similarity_BP.argmax(axis=1)
+        similarity_Q[first : first + chunk] = similarity_BP.max(axis=1)
     length_P = held_PL.sum(axis=1)
     taken_Q = np.where(similarity_Q > 0, np.minimum(budget_Q, length_P[best_Q]), 0).astype(np.int64)
     start_Q1 = np.concatenate([[0], np.cumsum(taken_Q)])
@@ -131,7 +133,7 @@ def _tfidf_weights(set_X: np.ndarray, item_X: np.ndarray, n_sets: int, n_items: 
 
 
 def _unit_sets(set_X: np.ndarray, item_X: np.ndarray, weight_N: np.ndarray, n_sets: int) -> scipy.sparse.csr_array:
-    """Sets of items as rows of unit length; an item met twice counts twice."""
+    """Bags of items as rows of unit length."""
     sets = scipy.sparse.csr_array((weight_N[item_X], (set_X, item_X)), (n_sets, len(weight_N)))
     norm_P = np.sqrt(np.asarray(sets.multiply(sets).sum(axis=1)).ravel())
     scale = scipy.sparse.diags_array(1 / np.maximum(norm_P, 1e-12))

@@ -12,7 +12,20 @@ from marsjax.augmentation import baselines, controls, posterior, votes
 from marsjax.augmentation.baselines import BASELINES
 from marsjax.data.histories import cut_histories, feedback
 from marsjax.progress import progress
-from marsjax.records import HIGH, LOW, TRAIN, Augmentation, Borrowed, Donors, Log, Objective, Queries, Rows, Viewing
+from marsjax.records import (
+    HIGH,
+    LOW,
+    NEW,
+    TRAIN,
+    Augmentation,
+    Borrowed,
+    Donors,
+    Log,
+    Objective,
+    Queries,
+    Rows,
+    Viewing,
+)
 
 
 class Offer(NamedTuple):
@@ -89,8 +102,8 @@ def mars_posterior(offer: Offer) -> Treatment:
 
 
 def hidden_ids(offer: Offer) -> Treatment:
-    """Control: low-active users are known by their history alone, as where ids of few rows are dropped."""
-    return Treatment(hidden_E=offer.rows.group_U[offer.rows.user_E] == LOW)
+    """Control: low-active and new users are known by their history alone, as where ids of few rows are dropped."""
+    return Treatment(hidden_E=_few_rows(offer.rows))
 
 
 def mars_short_posterior(offer: Offer) -> Treatment:
@@ -254,7 +267,12 @@ def ask(offer: Offer, item_ND: np.ndarray) -> Treatment:
 def shorten(offer: Offer) -> tuple[Offer, Treatment]:
     """The offer with a share of the histories cut short, and the treatment that shows these."""
     rows, cut_E = cut_histories(offer.rows, share=offer.cut_share, seed=offer.seed)
-    return offer._replace(rows=rows), Treatment(rows=rows, hidden_E=cut_E | (rows.group_U[rows.user_E] == LOW))
+    return offer._replace(rows=rows), Treatment(rows=rows, hidden_E=cut_E | _few_rows(rows))
+
+
+def _few_rows(rows: Rows) -> np.ndarray:
+    """[E] bool, events of users whose ids say little: low-active and new ones."""
+    return np.isin(rows.group_U[rows.user_E], (LOW, NEW))
 
 
 def expect(offer: Offer, item_ND: np.ndarray | None) -> Treatment:

@@ -27,6 +27,8 @@ from marsjax.data.histories import own_tails
 from marsjax.records import TRAIN, Array, Histories, Log, Rows
 
 CHUNK = 2048  # rows at a time
+LARGEST = 2**30  # pairs of items that a donor knows, over all donors: some 30 bytes each while they are counted
+CELLS = 2**26  # of a block of cosines
 PRIOR = 5.0  # events that the overall rate counts for in the rate of likes of an item
 SHORTEST = 8  # history length that is compiled; then its doubles
 LEAST_NOISE = 0.05  # of one opinion; at most .25, that of a coin
@@ -60,23 +62,36 @@ def learn_opinions(
     """Means and covariances of opinions, from the training events of the donors `user_P`.
 
     An opinion is the label less the item's rate of likes. `item_ND`, [N, D], are the vectors whose cosine the
-    covariance starts from; None: it starts from one value for all pairs of items.
+    covariance starts from; None: it starts from one value for all pairs of items. An item that a donor met more than
+    once counts once, with the mean label. All training events of a donor count, whenever they were.
+
+    Raises ValueError where the pairs of items that donors know would not fit into memory.
     """
     is_donor_U = np.zeros(len(rows.group_U), bool)
     is_donor_U[user_P] = True
     event_X = np.flatnonzero((rows.split_E == TRAIN) & is_donor_U[rows.user_E])
+    known_X, at_X, count_X = np.unique(
+        rows.user_E[event_X].astype(np.int64) * n_items + log.item_E[event_X], return_inverse=True, return_counts=True
+    )
+    user_X, item_X = known_X // n_items, known_X % n_items
+    label_X = (np.bincount(at_X, log.label_E[event_X], minlength=len(known_X)) / count_X).astype(np.float32)
+    pairs = int((np.bincount(user_X, minlength=1) ** 2).sum())
+    if pairs > LARGEST:
+        raise ValueError(
+            f"posterior: expected at most {LARGEST:,} pairs of items known to one donor, found {pairs:,}; lower "
+            "split.high_fraction, raise data.min_item_events, or leave out the methods that ask for a posterior"
+        )
     vector_ND = None if item_ND is None else centred(item_ND)
     usual, loadings = [], []
     for fold in range(settings.folds):
-        kept_X = event_X[rows.user_E[event_X] % settings.folds != fold]
-        item_X, label_X = log.item_E[kept_X], log.label_E[kept_X]
-        overall = label_X.mean() if len(label_X) else 0.5
-        likes_N, count_N = np.bincount(item_X, label_X, minlength=n_items), np.bincount(item_X, minlength=n_items)
+        kept_X = user_X % settings.folds != fold
+        user_K, item_K, label_K = user_X[kept_X], item_X[kept_X], label_X[kept_X]
+        overall = label_K.mean() if len(label_K) else 0.5
+        likes_N, count_N = np.bincount(item_K, label_K, minlength=n_items), np.bincount(item_K, minlength=n_items)
         usual_N = ((likes_N + PRIOR * overall) / (count_N + PRIOR)).astype(np.float32)
         shape = len(is_donor_U), n_items
-        place_X = rows.user_E[kept_X], item_X
-        known = scipy.sparse.csr_array((np.ones(len(item_X), np.float32), place_X), shape)
-        opinion = scipy.sparse.csr_array((label_X - usual_N[item_X], place_X), shape)
+        known = scipy.sparse.csr_array((np.ones(len(item_K), np.float32), (user_K, item_K)), shape)
+        opinion = scipy.sparse.csr_array((label_K - usual_N[item_K], (user_K, item_K)), shape)
         usual.append(usual_N)
         loadings.append(_loadings(opinion, known, vector_ND, settings.components))
         advance(1)
@@ -129,13 +144,16 @@ def _loadings(
     return (component_NK * np.sqrt(np.maximum(strength_K, 0.0))).astype(np.float32)
 
 
-def _cosines(vector_ND: np.ndarray, left_Z: np.ndarray, right_Z: np.ndarray, *, block: int = 2**20) -> np.ndarray:
+def _cosines(vector_ND: np.ndarray, left_Z: np.ndarray, right_Z: np.ndarray) -> np.ndarray:
+    """Cosines of pairs that are sorted by the left item."""
     out_Z = np.empty(len(left_Z), np.float32)
-    for begin in range(0, len(left_Z), block):
-        part = slice(begin, begin + block)
-        # Pairs are sorted by the left item: a few left items against the whole catalogue beat a gather a pair.
-        first, last = left_Z[part][0], left_Z[part][-1] + 1
-        out_Z[part] = (vector_ND[first:last] @ vector_ND.T)[left_Z[part] - first, right_Z[part]]
+    n_items = len(vector_ND)
+    rows = max(CELLS // n_items, 1)
+    for first in range(0, n_items, rows):
+        part = slice(*np.searchsorted(left_Z, (first, first + rows)))
+        if part.start < part.stop:
+            cosine_RN = vector_ND[first : first + rows] @ vector_ND.T
+            out_Z[part] = cosine_RN[left_Z[part] - first, right_Z[part]]
     return out_Z
 
 
@@ -180,10 +198,12 @@ def expect(
 ) -> np.ndarray:
     """The expected opinion on the target of each row, and how much the history tells of it, [R, 2] float32.
 
-    The first is the mean of the posterior, in units of the label and scaled by 4; the second the root of the variance
-    that the history explains, scaled by 4. Both are 0 without a history. A user is known by the visible history of the
-    row, so nothing of the row or of what came later enters; donors are those outside of the user's fold, so a donor's
-    own label is in no covariance that its rows read, and a training row is treated as a test row is.
+    The first is 4 times the mean of the posterior in units of the label, the second 4 times the root of the variance
+    that the history explains; both are 0 without a history. Of the user, the visible history of the row enters, and
+    nothing of the row itself or of what came later. Of the donors, all training events do, later ones too: where that
+    matters, split by `global_time`. Donors are those outside of the user's fold, so a donor's own label is in no
+    product that its rows read, and a training row is treated as a test row is. (It is in the training of the aligned
+    space that covariances of rare pairs start from, as every user's labels are.)
     """
     histories, folds = rows.histories, len(opinions.usual_FN)
     length_R = np.minimum(histories.end_E[row_R] - histories.start_E[row_R], settings.cap)

@@ -101,11 +101,7 @@ class Embedding(nn.Module):
 
 
 def user_embedding(n_users: int, width: int) -> Embedding:
-    """Of users' numbers + 1; 0 is padding and unknown users.
-
-    Vectors start near 0 and few rows move them little, so a user of few events is much like an unknown one, whose
-    vector is 0: what the tower learns of users whose id is hidden holds for them too.
-    """
+    """Of users' numbers + 1; 0 is padding, and users who are unknown or hidden, who have no vector."""
     return Embedding(n_users + 1, width, stddev=0.01, zero_is_none=True)
 
 

@@ -223,8 +223,7 @@ def short_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
         for metric, group in wanted:
             row = by_key[method, group, metric]
             line.append("-" if row["mean"] is None else f"{row['mean']:.4f}")
-            known = row.get("difference") is not None
-            line.append(_difference({**row, "p_t_test": None}, row["p_vs_base"]) if known else "")
+            line.append(_difference(row, row["p_vs_base"]) if row.get("difference") is not None else "")
         lines.append(line)
     return header, lines
 
@@ -293,9 +292,10 @@ def title(rows: Sequence[Mapping[str, Any]], *, short: bool = False) -> str:
     count = next(row["mean"] for row in rows if row["metric"] == "rows")
     low = next(row["mean"] for row in rows if row["metric"] == "rows" and row["group"] == "low")
     first = rows[0]
-    columns = "" if short else "; t: p of a t-test over seeds; lent: borrowed items a row"
+    lent = "" if short else "; lent: borrowed items a row"
     claim = "" if first["seeds"] >= ENOUGH_SEEDS else f"; fewer than {ENOUGH_SEEDS} seeds: no claim"
     return (
         f"{first['dataset']}, {first['split']}, {first['inputs']} inputs, {first['seeds']} seed(s); {count:.0f} test "
-        f"rows, {low:.0f} of low-active users; intervals and p: paired bootstrap over users{columns}{claim}"
+        f"rows, {low:.0f} of low-active users; intervals and p: paired bootstrap over users; t: p of a t-test "
+        f"over seeds{lent}{claim}"
     )
