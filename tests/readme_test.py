@@ -52,6 +52,22 @@ def test_the_gain_vanishes_where_content_tells_nothing():
     assert difference("synthetic_shuffled", "mars", "low")["difference"] < 0
 
 
+def test_the_posterior_does_not_trust_content_that_tells_nothing():
+    found, without = (
+        difference("synthetic_shuffled", f"{name}_posterior", "low") for name in ("mars", "collaborative")
+    )
+    assert abs(found["difference"] - without["difference"]) < 0.002
+
+
+def test_the_short_posterior_wins_for_sparse_users():
+    won = difference("ml1m_sparse5_strong", "mars_short_posterior", "low")
+    assert won["seeds"] >= 5
+    assert won["low"] > 0
+    assert won["p_t_test"] < 0.05
+    others = {row["method"] for row in read("ml1m_sparse5_strong")["rows"]} - {"full_history", "mars_short_posterior"}
+    assert all(won["mean"] > difference("ml1m_sparse5_strong", method, "low")["mean"] for method in others)
+
+
 def test_the_base_is_strong_on_movielens():
     base = difference("ml1m", "base", "all")
     assert base["seeds"] >= 5
