@@ -9,7 +9,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -159,7 +159,7 @@ def reproduce(
             changed = with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
             path = workdir / "cells" / f"{cell.name}.json"
             tried = {name: dict(changes) for name, changes in cell.settings.items()}
-            key = fingerprint("cell", dataset.fingerprint, to_json(changed), *([tried] if tried else []))
+            key = fingerprint("cell", dataset.fingerprint, to_json(changed), tried)
             known = files.read_json(path) if path.exists() else {}
             if known.get("fingerprint") != key and (asked or cell.name in names):
                 try:
@@ -853,9 +853,10 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
             )
         met = np.unique(rows.histories.item_H[own])
         ranked = [int(item) for item in np.argsort(-expected_N, kind="stable") if item > 0 and item not in met]
-        more, less = ([i for i in ranked if sign * expected_N[i] > 0][::sign][:8] for sign in (1, -1))
-        strips.append(("expected to like more than others do", tuple(_expected(card, more, expected_N))))
-        strips.append(("expected to like less than others do", tuple(_expected(card, less, expected_N))))
+        for name, sign in (("more", 1), ("less", -1)):
+            foremost = [item for item in ranked[::sign] if sign * expected_N[item] > 0][:8]
+            shown = tuple(card(item, f"expected {expected_N[item]:+.2f}") for item in foremost)
+            strips.append((f"expected to like {name} than others do", shown))
         donors = np.unique(candidates.donor_QS[query, slot_S])
         facts = (
             f"{own.stop - own.start} training events; donor {', '.join(map(str, dataset.log.raw_user_U[donors]))}, "
@@ -864,12 +865,6 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
         )
         out.append(page.Case(f"User {dataset.log.raw_user_U[user]}", facts, tuple(strips)))
     return tuple(out)
-
-
-def _expected(
-    card: Callable[[int, str], page.ItemCard], item_X: Sequence[int], expected_N: np.ndarray
-) -> Iterator[page.ItemCard]:
-    return (card(item, f"expected {expected_N[item]:+.2f}") for item in item_X)
 
 
 SOURCES = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}

@@ -70,9 +70,9 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
         return Cell(f"{part}_{slug}_{inputs}", label, methods, {"ctr.inputs": inputs, **changes}, x)
 
     def sweep(part: str, title: str, key: str, values: tuple[str, ...], text: str) -> Part:
-        cells = tuple(
-            variant(part, value, {key: value}, ("base", "mars", "mars_posterior"), float(value)) for value in values
-        )
+        # What is kept of a donor's history (theta) does not enter the posterior.
+        methods = ("base", "mars") if part == "theta" else ALONE
+        cells = tuple(variant(part, value, {key: value}, methods, float(value)) for value in values)
         return Part(part, title, "sweep", text, cells, x_label=key)
 
     ablations = {

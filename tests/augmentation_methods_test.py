@@ -19,7 +19,20 @@ from marsjax.ctr.view_losses import check_backbone
 from marsjax.data import batches, histories
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
-from marsjax.records import LOW, TEST, TRAIN, Inputs, ItemTables, Objective, Queries, Viewed, Viewing
+from marsjax.records import (
+    LOW,
+    MIDDLE,
+    NEW,
+    TEST,
+    TRAIN,
+    VALID,
+    Inputs,
+    ItemTables,
+    Objective,
+    Queries,
+    Viewed,
+    Viewing,
+)
 from marsjax.training.optimizer import AdamW, adamw
 from marsjax.training.step import init_state
 
@@ -124,6 +137,36 @@ def test_every_method_trains(offer, name):
         assert max(ids.max() for ids in shown) == last
         item_ND = variables["params"]["items"]["item"]
         assert (state.params["items"]["item"][last] != item_ND[last]).any()
+
+
+@pytest.mark.parametrize(("name", "splits"), [("mars_train_only", [TRAIN]), ("mars_test_only", [VALID, TEST])])
+def test_one_sided_methods_lend_to_their_rows_alone(offer, name, splits):
+    query_E = METHODS["mars"].treat(offer).augmentation.queries.query_E
+    one_sided_E = METHODS[name].treat(offer).augmentation.queries.query_E
+    inside_E = np.isin(offer.rows.split_E, splits)
+    np.testing.assert_array_equal(one_sided_E[inside_E], query_E[inside_E])
+    assert (query_E[inside_E] >= 0).any()
+    assert (query_E[~inside_E] >= 0).any()
+    assert (one_sided_E[~inside_E] == -1).all()
+
+
+@pytest.mark.parametrize("name", ["hidden_ids", "short_histories"])
+def test_low_active_and_new_users_are_known_by_their_history_alone(offer, name):
+    new_U = offer.rows.group_U.copy()
+    new_U[np.flatnonzero(new_U == MIDDLE)[:3]] = NEW
+    offer = offer._replace(rows=offer.rows._replace(group_U=new_U))
+    treatment = METHODS[name].treat(offer)
+    before, shown = offer.rows.histories, (treatment.rows or offer.rows).histories
+    cut_E = shown.end_E - shown.start_E < before.end_E - before.start_E
+    assert cut_E.any() == (name == "short_histories")
+    few_E = np.isin(new_U[offer.rows.user_E], (LOW, NEW))
+    np.testing.assert_array_equal(treatment.hidden_E, few_E | cut_E)
+    assert few_E.any()
+    assert not few_E.all()
+    row_B = np.flatnonzero(few_E)[:5]
+    inputs = Inputs(hidden_E=treatment.hidden_E)
+    batch = batches.ctr_batch(offer.log, offer.rows, row_B, length=LENGTH, size=8, cap=LENGTH, inputs=inputs)
+    assert not batch.user_B.any()
 
 
 @pytest.mark.parametrize("name", BASELINES)

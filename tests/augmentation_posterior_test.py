@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from marsjax.augmentation import posterior
-from marsjax.augmentation.posterior import PRIOR, Opinions, Settings, expect, learn_opinions
-from marsjax.augmentation.votes import centred
+from marsjax.augmentation.posterior import Opinions, Settings, expect, learn_opinions
+from marsjax.augmentation.votes import PRIOR, centred
 from marsjax.data.splits import make_rows
 from marsjax.records import HIGH, TEST, TRAIN, Log
 

@@ -101,12 +101,12 @@ def tfidf_donor(donors: Donors, histories: Histories, queries: Queries, budget_Q
     lower user number lends; nobody lends to a query that shares no item with any donor.
     """
     held_PL, cap = donors.item_PL > 0, donors.item_PL.shape[1]
-    donor_X, column_X = np.nonzero(held_PL)
-    weight = _tfidf_weights(donor_X, donors.item_PL[donor_X, column_X], len(donors.user_P), n_items)
-    donor_PN = _unit_sets(donor_X, donors.item_PL[donor_X, column_X], weight, len(donors.user_P))
+    donor_X, item_X = np.nonzero(held_PL)[0], donors.item_PL[held_PL]
+    weight_N = _tfidf_weights(donor_X, item_X, len(donors.user_P), n_items)
+    donor_PN = _unit_bags(donor_X, item_X, weight_N, len(donors.user_P))
     begin_Q1, at_X = ragged_histories(histories.start_U1[queries.user_Q], queries.end_Q, cap=cap)
     query_X = np.repeat(np.arange(len(queries.user_Q)), np.diff(begin_Q1))
-    query_QN = _unit_sets(query_X, histories.item_H[at_X], weight, len(queries.user_Q))
+    query_QN = _unit_bags(query_X, histories.item_H[at_X], weight_N, len(queries.user_Q))
     best_Q, similarity_Q = np.zeros(len(budget_Q), np.int64), np.zeros(len(budget_Q), np.float32)
     chunk = max(CELLS // len(donors.user_P), 1)
     for first in range(0, len(budget_Q), chunk):
@@ -127,14 +127,14 @@ def tfidf_donor(donors: Donors, histories: Histories, queries: Queries, budget_Q
     )
 
 
-def _tfidf_weights(set_X: np.ndarray, item_X: np.ndarray, n_sets: int, n_items: int) -> np.ndarray:
-    distinct = np.unique(set_X.astype(np.int64) * n_items + item_X)
-    return np.log((1 + n_sets) / (1 + np.bincount(distinct % n_items, minlength=n_items))) + 1
+def _tfidf_weights(bag_X: np.ndarray, item_X: np.ndarray, n_bags: int, n_items: int) -> np.ndarray:
+    distinct = np.unique(bag_X.astype(np.int64) * n_items + item_X)
+    return np.log((1 + n_bags) / (1 + np.bincount(distinct % n_items, minlength=n_items))) + 1
 
 
-def _unit_sets(set_X: np.ndarray, item_X: np.ndarray, weight_N: np.ndarray, n_sets: int) -> scipy.sparse.csr_array:
+def _unit_bags(bag_X: np.ndarray, item_X: np.ndarray, weight_N: np.ndarray, n_bags: int) -> scipy.sparse.csr_array:
     """Bags of items as rows of unit length."""
-    sets = scipy.sparse.csr_array((weight_N[item_X], (set_X, item_X)), (n_sets, len(weight_N)))
-    norm_P = np.sqrt(np.asarray(sets.multiply(sets).sum(axis=1)).ravel())
+    bags = scipy.sparse.csr_array((weight_N[item_X], (bag_X, item_X)), (n_bags, len(weight_N)))
+    norm_P = np.sqrt(np.asarray(bags.multiply(bags).sum(axis=1)).ravel())
     scale = scipy.sparse.diags_array(1 / np.maximum(norm_P, 1e-12))
-    return scipy.sparse.csr_array(scale @ sets)
+    return scipy.sparse.csr_array(scale @ bags)

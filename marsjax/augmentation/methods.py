@@ -114,12 +114,12 @@ def mars_short_posterior(offer: Offer) -> Treatment:
 
 def mars_train_only(offer: Offer) -> Treatment:
     """MARS for training rows alone: what a model loses that has learnt with borrowed items and is served without."""
-    return only(mars(offer), offer.rows.split_E == TRAIN)
+    return mars(ask_for(offer, offer.rows.split_E == TRAIN))
 
 
 def mars_test_only(offer: Offer) -> Treatment:
     """MARS for validation and test rows alone: borrowing for a model that was trained without."""
-    return only(mars(offer), offer.rows.split_E != TRAIN)
+    return mars(ask_for(offer, offer.rows.split_E != TRAIN))
 
 
 def mars_short_vote(offer: Offer) -> Treatment:
@@ -289,13 +289,10 @@ def expect(offer: Offer, item_ND: np.ndarray | None) -> Treatment:
     return Treatment(dense_EJ=dense_E2)
 
 
-def only(treatment: Treatment, row_E: np.ndarray) -> Treatment:
-    """Items are lent to the rows `row_E` alone."""
-    if treatment.augmentation is None:
-        return treatment
-    queries = treatment.augmentation.queries
-    queries = queries._replace(query_E=np.where(row_E, queries.query_E, -1))
-    return treatment._replace(augmentation=treatment.augmentation._replace(queries=queries))
+def ask_for(offer: Offer, row_E: np.ndarray) -> Offer:
+    """The offer in which the rows `row_E` alone borrow."""
+    query_E = np.where(row_E, offer.queries.query_E, -1)
+    return offer._replace(queries=offer.queries._replace(query_E=query_E))
 
 
 def opinions(log: Log, rows: Rows, borrowed: Borrowed, *, n_items: int) -> np.ndarray:

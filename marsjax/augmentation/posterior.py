@@ -22,14 +22,13 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 
-from marsjax.augmentation.votes import centred
-from marsjax.data.histories import own_tails
+from marsjax.augmentation.votes import centred, usual_rates
+from marsjax.data.histories import gather_histories, own_tails
 from marsjax.records import TRAIN, Array, Histories, Log, Rows
 
 CHUNK = 2048  # rows at a time
 LARGEST = 2**30  # pairs of items that a donor knows, over all donors: some 30 bytes each while they are counted
 CELLS = 2**26  # of a block of cosines
-PRIOR = 5.0  # events that the overall rate counts for in the rate of likes of an item
 SHORTEST = 8  # history length that is compiled; then its doubles
 LEAST_NOISE = 0.05  # of one opinion; at most .25, that of a coin
 
@@ -86,9 +85,7 @@ def learn_opinions(
     for fold in range(settings.folds):
         kept_X = user_X % settings.folds != fold
         user_K, item_K, label_K = user_X[kept_X], item_X[kept_X], label_X[kept_X]
-        overall = label_K.mean() if len(label_K) else 0.5
-        likes_N, count_N = np.bincount(item_K, label_K, minlength=n_items), np.bincount(item_K, minlength=n_items)
-        usual_N = ((likes_N + PRIOR * overall) / (count_N + PRIOR)).astype(np.float32)
+        usual_N = usual_rates(item_K, label_K, n_items)
         shape = len(is_donor_U), n_items
         known = scipy.sparse.csr_array((np.ones(len(item_K), np.float32), (user_K, item_K)), shape)
         opinion = scipy.sparse.csr_array((label_K - usual_N[item_K], (user_K, item_K)), shape)
@@ -118,13 +115,15 @@ def _loadings(
     left_Z, right_Z = shared.coords
     pair_Z = left_Z != right_Z
     left_Z, right_Z, n_Z = left_Z[pair_Z], right_Z[pair_Z], shared.data[pair_Z]
-    products = scipy.sparse.csr_array(opinion.T @ opinion)
-    sum_Z = np.asarray(products[left_Z, right_Z]).ravel() if len(left_Z) else np.zeros(0, np.float32)
+
+    def over_pairs(value: scipy.sparse.csr_array) -> np.ndarray:
+        """Sums of products over the donors who know both items."""
+        return np.asarray(scipy.sparse.csr_array(value.T @ value)[left_Z, right_Z]).ravel()
+
+    sum_Z, square_Z = over_pairs(opinion), over_pairs(scipy.sparse.csr_array(opinion.multiply(opinion)))
     cosine_Z = np.zeros(len(n_Z), np.float32) if vector_ND is None else _cosines(vector_ND, left_Z, right_Z)
     level, slope = _prior(sum_Z, n_Z, cosine_Z)
     prior_Z = level + slope * cosine_Z
-    squares = scipy.sparse.csr_array(opinion.multiply(opinion))
-    square_Z = np.asarray(scipy.sparse.csr_array(squares.T @ squares)[left_Z, right_Z]).ravel()
     tau = _strength(sum_Z, square_Z, n_Z, prior_Z)
     step_Z = ((sum_Z - n_Z * prior_Z) / (n_Z + tau)).astype(np.float32)
     if level + slope == 0 and not step_Z.any():  # no two items whose opinions are known to go together
@@ -229,11 +228,20 @@ def expect(
 
 @jax.jit
 def _expect(item_CL: Array, label_CL: Array, target_C: Array, usual_N: Array, loading_NK: Array) -> jax.Array:
-    """In the space of the K components, so that long histories cost no more than a sum over them.
+    """With the results of `_summed` and A = 1 + X'X, the mean is t' A^-1 X'y for a target of loadings t, and what is
+    explained of t't is t' A^-1 X'X t."""
+    known_CKK, opinion_CK = _summed(item_CL, label_CL, usual_N, loading_NK)
+    target_CK = loading_NK[target_C]
+    factor_CKK = jnp.linalg.cholesky(known_CKK + jnp.eye(loading_NK.shape[1])[None])
+    solved_CK = jax.scipy.linalg.cho_solve((factor_CKK, True), target_CK[:, :, None])[:, :, 0]
+    mean_C = jnp.sum(solved_CK * opinion_CK, axis=1)
+    explained_C = jnp.einsum("ck,ckm,cm->c", solved_CK, known_CKK, target_CK)
+    return 4.0 * jnp.stack([mean_C, jnp.sqrt(jnp.maximum(explained_C, 0.0))], axis=1)
 
-    With X the loadings of the history, each over the root of its noise, and A = 1 + X'X, the mean is t' A^-1 X'y for
-    a target of loadings t, and what is explained of t't is t' A^-1 X'X t.
-    """
+
+def _summed(item_CL: Array, label_CL: Array, usual_N: Array, loading_NK: Array) -> tuple[jax.Array, jax.Array]:
+    """X'X [C, K, K] and X'y [C, K], with X the loadings of the history, each over the root of its noise: in the space
+    of the components long histories cost no more than a sum over them."""
     inside_CL = item_CL > 0
     loading_CLK, usual_CL = loading_NK[item_CL], usual_N[item_CL]
     # All of an opinion's variance that is not explained is its noise.
@@ -241,13 +249,7 @@ def _expect(item_CL: Array, label_CL: Array, target_C: Array, usual_N: Array, lo
     weight_CL = jnp.where(inside_CL, 1.0 / jnp.sqrt(noise_CL), 0.0)
     scaled_CLK = loading_CLK * weight_CL[:, :, None]
     known_CKK = jnp.einsum("clk,clm->ckm", scaled_CLK, scaled_CLK)
-    opinion_CK = jnp.einsum("clk,cl->ck", scaled_CLK, weight_CL * (label_CL - usual_CL))
-    target_CK = loading_NK[target_C]
-    factor_CKK = jnp.linalg.cholesky(known_CKK + jnp.eye(loading_NK.shape[1])[None])
-    solved_CK = jax.scipy.linalg.cho_solve((factor_CKK, True), target_CK[:, :, None])[:, :, 0]
-    mean_C = jnp.sum(solved_CK * opinion_CK, axis=1)
-    explained_C = jnp.einsum("ck,ckm,cm->c", solved_CK, known_CKK, target_CK)
-    return 4.0 * jnp.stack([mean_C, jnp.sqrt(jnp.maximum(explained_C, 0.0))], axis=1)
+    return known_CKK, jnp.einsum("clk,cl->ck", scaled_CLK, weight_CL * (label_CL - usual_CL))
 
 
 def expect_all(
@@ -258,13 +260,13 @@ def expect_all(
     A user is known by the last `cap` entries of the history before `end_Q`.
     """
     out_QN = np.zeros((len(user_Q), opinions.usual_FN.shape[1]), np.float32)
-    for query, (user, end) in enumerate(zip(user_Q, end_Q, strict=True)):
-        fold, begin = user % len(opinions.usual_FN), max(histories.start_U1[user], end - cap)
-        item_L, label_L = histories.item_H[begin:end], histories.label_H[begin:end]
-        usual_N, loading_NK = opinions.usual_FN[fold], opinions.loading_FNK[fold]
-        loading_LK, usual_L = loading_NK[item_L], usual_N[item_L]
-        noise_L = np.maximum(usual_L * (1 - usual_L) - np.sum(loading_LK**2, axis=1), LEAST_NOISE)
-        weighted_KL = loading_LK.T / noise_L[None]
-        known_KK = weighted_KL @ loading_LK + np.eye(loading_NK.shape[1])
-        out_QN[query] = loading_NK @ np.linalg.solve(known_KK, weighted_KL @ (label_L - usual_L))
+    item_QL = gather_histories(histories, user_Q, end_Q, cap=cap)
+    label_QL = gather_histories(histories._replace(item_H=histories.label_H), user_Q, end_Q, cap=cap)
+    fold_Q = user_Q % len(opinions.usual_FN)
+    for fold in np.unique(fold_Q):
+        of_fold, loading_NK = fold_Q == fold, opinions.loading_FNK[fold]
+        arrays = jax.device_put((item_QL[of_fold], label_QL[of_fold], opinions.usual_FN[fold], loading_NK))
+        known_QKK, opinion_QK = map(np.asarray, _summed(*arrays))
+        taste_QK1 = np.linalg.solve(known_QKK + np.eye(loading_NK.shape[1]), opinion_QK[:, :, None])
+        out_QN[of_fold] = taste_QK1[:, :, 0] @ loading_NK.T
     return out_QN

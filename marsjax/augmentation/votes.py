@@ -61,13 +61,7 @@ def make_voters(log: Log, rows: Rows, user_P: np.ndarray, item_ND: np.ndarray) -
     position_U[user_P] = np.arange(n_donors)
     event_X = np.flatnonzero((rows.split_E == TRAIN) & (position_U[rows.user_E] >= 0))
     item_X, donor_X, label_X = log.item_E[event_X], position_U[rows.user_E[event_X]], log.label_E[event_X]
-    overall = label_X.mean()
-
-    def rate(group_X: np.ndarray, size: int) -> np.ndarray:
-        likes = np.bincount(group_X, label_X, minlength=size) + PRIOR * overall
-        return (likes / (np.bincount(group_X, minlength=size) + PRIOR)).astype(np.float32)
-
-    usual_N, usual_P = rate(item_X, n_items), rate(donor_X, n_donors)
+    usual_N, usual_P = usual_rates(item_X, label_X, n_items), usual_rates(donor_X, label_X, n_donors)
     opinion_NP = np.zeros((n_items, n_donors), np.float32)
     known_NP = np.zeros((n_items, n_donors), bool)
     time_NP = np.zeros((n_items, n_donors), np.int64)
@@ -76,6 +70,13 @@ def make_voters(log: Log, rows: Rows, user_P: np.ndarray, item_ND: np.ndarray) -
     time_NP[item_X, donor_X] = log.time_E[event_X]
     special = scipy.sparse.csr_matrix((label_X - usual_N[item_X], (donor_X, item_X)), shape=(n_donors, n_items))
     return Voters(unit(special @ centred(item_ND)), opinion_NP, known_NP, time_NP, usual_N)
+
+
+def usual_rates(group_X: np.ndarray, label_X: np.ndarray, size: int) -> np.ndarray:
+    """Rates of likes of groups (items or donors), [size] float32, shrunk to the rate over all events."""
+    overall = label_X.mean() if len(label_X) else 0.5
+    likes = np.bincount(group_X, label_X, minlength=size) + PRIOR * overall
+    return (likes / (np.bincount(group_X, minlength=size) + PRIOR)).astype(np.float32)
 
 
 def collaborative_factors(

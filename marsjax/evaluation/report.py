@@ -14,6 +14,11 @@ from marsjax.records import GROUP_NAMES, LOW, NEW, Predictions
 
 COMPARED = ("auc", "gauc")  # metrics whose difference is tested
 ENOUGH_SEEDS = 5  # with fewer, no difference is claimed
+COLUMNS = (  # metric and group
+    ("auc", "all"), ("auc", "low"), ("gauc", "all"), ("gauc", "low"), ("logloss", "all"), ("ece", "all"),
+    ("lent", "low"),
+)  # fmt: skip
+SHORT_COLUMNS = (("auc", "low"), ("gauc", "low"), ("auc", "all"))  # fit a screen
 
 Key = tuple[str, str, str]  # method, group, metric
 
@@ -183,13 +188,16 @@ def _clean(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table of methods; a metric that no method has is left out."""
+def cells(rows: Sequence[Mapping[str, Any]], *, short: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of the table of methods; a metric that no method has is left out. Where it is to be short, it
+    says what is gained over the base, without the spreads over seeds."""
     by_key = {(row["method"], row["group"], row["metric"]): row for row in rows}
-    wanted = [("auc", "all"), ("auc", "low"), ("gauc", "all"), ("gauc", "low"), ("logloss", "all"), ("ece", "all")]
-    wanted.append(("lent", "low"))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    wanted = [(metric, group) for metric, group in wanted if by_key[methods[0], group, metric]["mean"] is not None]
+    wanted = [
+        (metric, group)
+        for metric, group in (SHORT_COLUMNS if short else COLUMNS)
+        if by_key[methods[0], group, metric]["mean"] is not None
+    ]
     header = ["method"]
     for metric, group in wanted:
         header.append(f"{metric} {group}")
@@ -200,7 +208,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
         line = [method]
         for metric, group in wanted:
             row = by_key[method, group, metric]
-            value, difference = value_and_difference(row)
+            value, difference = value_and_difference(row, spread=not short)
             line.append(f"{row['mean']:.1f}" if metric == "lent" else value)
             if metric in COMPARED:
                 line.append(difference)
@@ -208,30 +216,10 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     return header, lines
 
 
-def short_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table of methods that fits a screen: what is gained over the base, for whom."""
-    by_key = {(row["method"], row["group"], row["metric"]): row for row in rows}
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    wanted = [("auc", "low"), ("gauc", "low"), ("auc", "all")]
-    wanted = [(metric, group) for metric, group in wanted if by_key[methods[0], group, metric]["mean"] is not None]
-    header = ["method"]
-    for metric, group in wanted:
-        header += [f"{metric} {group}", "to base [95%], p"]
-    lines = []
-    for method in methods:
-        line = [method]
-        for metric, group in wanted:
-            row = by_key[method, group, metric]
-            line.append("-" if row["mean"] is None else f"{row['mean']:.4f}")
-            line.append(_difference(row, row["p_vs_base"]) if row.get("difference") is not None else "")
-        lines.append(line)
-    return header, lines
-
-
-def value_and_difference(row: Mapping[str, Any]) -> tuple[str, str]:
+def value_and_difference(row: Mapping[str, Any], *, spread: bool = True) -> tuple[str, str]:
     """A mean with its spread, and its difference to the base; empty where there is none."""
-    spread = f" ± {row['std']:.4f}" if row["seeds"] > 1 else ""
-    value = "-" if row["mean"] is None else f"{row['mean']:.4f}{spread}"
+    over_seeds = f" ± {row['std']:.4f}" if spread and row["seeds"] > 1 else ""
+    value = "-" if row["mean"] is None else f"{row['mean']:.4f}{over_seeds}"
     return value, _difference(row, row["p_vs_base"]) if row.get("difference") is not None else ""
 
 
@@ -262,7 +250,7 @@ def comparison_cells(compared: Sequence[Mapping[str, Any]]) -> tuple[list[str], 
 def as_table(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[str, Any]] = ()) -> str:
     """Plain text for a terminal, the short table of methods."""
     text = [title(rows, short=True)]
-    for header, lines in [short_cells(rows), *(comparison_cells(family) for family in families(compared))]:
+    for header, lines in [cells(rows, short=True), *(comparison_cells(family) for family in families(compared))]:
         widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
         padded = [
             "  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip()
@@ -280,7 +268,7 @@ def as_markdown(rows: Sequence[Mapping[str, Any]], compared: Sequence[Mapping[st
 
 def as_short_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The short table of methods."""
-    return "\n".join([title(rows, short=True), "", _markdown(*short_cells(rows))])
+    return "\n".join([title(rows, short=True), "", _markdown(*cells(rows, short=True))])
 
 
 def _markdown(header: list[str], lines: list[list[str]]) -> str:
