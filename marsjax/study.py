@@ -50,7 +50,8 @@ SPARSE = {"split.kind": "last_fraction", "split.sparse_fraction": "0.3"}
 SETTINGS = {
     "as configured": {},
     "learning rate 0.0003": {"ctr.learning_rate": "0.0003"},
-    "weight decay 1": {"ctr.weight_decay": "1"},
+    "decay of ids 1": {"ctr.id_decay": "1"},
+    "decay of ids 4": {"ctr.id_decay": "4"},
     "without the user's id": {"ctr.user_id": "false"},
 }
 
