@@ -42,7 +42,7 @@ BASELINES = ("ran", "ran_s", "reppad", "cmr", "cmrsi", "cl4srec", "coserec", "ba
 PUBLISHED = ("mars", "mars_time_safe", "mars_without_target", "mars_train_only", "mars_test_only")
 VARIANTS = (
     "mars_vote", "mars_vote_time_safe", "mars_vote_and_items", "mars_short_vote", "mars_posterior",
-    "mars_short_posterior",
+    "mars_short_posterior", "mars_short_posterior_and_items",
 )  # fmt: skip
 BASES = {"ids": "ids only, as the paper", "strong": "strong inputs"}
 ALONE = ("base", "mars", "mars_posterior")  # what is followed through ablations and sweeps

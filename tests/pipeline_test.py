@@ -412,7 +412,7 @@ def test_methods_that_lend_items_lend_as_much_as_mars(workdir):
     assert budget_Q.max() > 5
     lending = {"random_donor", "popular_items", "tfidf_donor", "collaborative_donor"}
     lending |= {name for name in METHODS if name.startswith("mars") and not METHODS[name].numbers}
-    lending |= {"mars_vote_and_items"}
+    lending |= {"mars_vote_and_items", "mars_short_posterior_and_items"}
     lending |= {f"{name}_budget" for name in BASELINES}
     for method in METHODS:
         lent = pipeline.treat(context, donation, method).augmentation

@@ -112,6 +112,11 @@ def mars_short_posterior(offer: Offer) -> Treatment:
     return treatment._replace(dense_EJ=mars_posterior(shorter).dense_EJ)
 
 
+def mars_short_posterior_and_items(offer: Offer) -> Treatment:
+    """Short histories, what is to be expected given these, and the borrowed items."""
+    return mars_short_posterior(offer)._replace(augmentation=mars(offer).augmentation)
+
+
 def mars_train_only(offer: Offer) -> Treatment:
     """MARS for training rows alone: what a model loses that has learnt with borrowed items and is served without."""
     return mars(ask_for(offer, offer.rows.split_E == TRAIN))
@@ -250,6 +255,7 @@ METHODS: dict[str, Method] = {
     "short_histories": Method(short_histories, offline=True),
     "mars_short_vote": Method(mars_short_vote, numbers=2, offline=True),
     "mars_short_posterior": Method(mars_short_posterior, numbers=2, posterior=True, offline=True),
+    "mars_short_posterior_and_items": Method(mars_short_posterior_and_items, numbers=2, posterior=True, offline=True),
     "everybody_votes": Method(everybody_votes, numbers=2, offline=True),
     "collaborative_vote": Method(collaborative_vote, numbers=2, offline=True),
     "collaborative_posterior": Method(collaborative_posterior, numbers=2, posterior=True, offline=True),
