@@ -25,7 +25,9 @@ def default_config(preset: str = "mars") -> ConfigDict:
     data.items_file = ""  # tabular: Parquet or CSV with one row an item; "" takes the items from the events
     data.text_features = ""  # .npz, .npy or Parquet with one vector an item; "" does without
     data.image_features = ""
-    data.image_folder = ""  # images named by item id, checked for completeness; "" skips the check
+    data.image_folder = ""  # images named by item id, checked for completeness and encoded; "" does without
+    data.item_texts = ""  # movielens: JSON lines of movie_id and text, for features.template; "" does without
+    data.permute_features = False  # a control: each item has the features of another one
     data.label_threshold = config_dict.placeholder(float)  # label = value >= threshold; None: the column is 0/1
     data.min_item_events = 1  # items with fewer events are dropped
     data.min_user_events = 1
@@ -39,8 +41,26 @@ def default_config(preset: str = "mars") -> ConfigDict:
     columns.time = "time"
     columns.title = ""  # of the items file; "" where there is none
     columns.categories = ""
+    columns.image = ""  # file names in image_folder; "" finds images by item id
     data.category_separator = "|"
     data.synthetic = synthetic_config()
+
+    config.features = features = ConfigDict()  # `marsjax features`, features/; data.text_features needs no encoder
+    features.text = ""  # encoder of the texts: tfidf, minilm, llama, precomputed; "" encodes none
+    features.image = ""  # encoder of the images: colour, mobilenet, qwen_vision, precomputed; "" encodes none
+    features.template = "{title}"  # what of an item is encoded as its text: columns of the items, in braces
+    features.dtype = "float32"  # of the vectors on disk: float32, float16
+    features.text_model = ""  # llama: a folder or hub name; minilm: a folder instead of the packaged weights
+    features.text_revision = ""  # of a hub name: a commit, so that the weights stay the same
+    features.text_file = ""  # precomputed: .npz, .npy or Parquet
+    features.text_width = 256  # tfidf: singular vectors; others have their own width
+    features.text_expected = 0  # refuse a model of another width, such as 4096 of LLaMA-3-8B; 0: any
+    features.max_tokens = 0  # longer texts are cut; 0: as the model was trained
+    features.image_model = ""  # qwen_vision: a folder or hub name; mobilenet: a file instead of the packaged weights
+    features.image_revision = ""
+    features.image_file = ""  # precomputed
+    features.image_expected = 0  # such as 3584 of Qwen2.5-VL-7B
+    features.batch = 0  # items encoded at a time; 0: as the encoder likes it
 
     config.split = split = ConfigDict()
     split.kind = "leave_one_out"  # leave_one_out, last_fraction, global_time
@@ -167,6 +187,7 @@ def default_config(preset: str = "mars") -> ConfigDict:
 
 
 def synthetic_config() -> ConfigDict:
-    """The arguments of `marsjax.data.synthetic.make_synthetic`."""
+    """The named arguments of `marsjax.data.synthetic.make_synthetic`."""
     parameters = inspect.signature(make_synthetic).parameters
-    return ConfigDict({name: parameter.default for name, parameter in parameters.items()})
+    named = {name: parameter for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    return ConfigDict({name: parameter.default for name, parameter in named.items()})

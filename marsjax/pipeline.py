@@ -27,14 +27,21 @@ from marsjax.ctr import objective
 from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
 from marsjax.ctr.items import content_table, padded_tables
 from marsjax.data import batches, inspection
-from marsjax.data.movielens import load_movielens
-from marsjax.data.permutation import permute_labels
+from marsjax.data.drawings import write_drawings
+from marsjax.data.feature_files import read_features
+from marsjax.data.movielens import load_movielens, movielens_content
+from marsjax.data.permutation import permute_features, permute_labels
 from marsjax.data.priors import prior_numbers
 from marsjax.data.sampling import sample_users
 from marsjax.data.splits import make_rows
-from marsjax.data.synthetic import make_synthetic
-from marsjax.data.tabular import load_tabular
+from marsjax.data.synthetic import latent_items, make_synthetic
+from marsjax.data.tabular import load_tabular, tabular_content
 from marsjax.evaluation import metrics, page, report, study_page
+from marsjax.features import encoding
+from marsjax.features.encoders import IMAGE_ENCODERS, TEXT_ENCODERS
+from marsjax.features.images import need_pillow
+from marsjax.features.signature import Make, Options
+from marsjax.features.text import columns_of, render
 from marsjax.progress import progress
 from marsjax.provenance import current_commit, machine_description
 from marsjax.records import (
@@ -43,6 +50,7 @@ from marsjax.records import (
     TRAIN,
     VALID,
     Borrowed,
+    Content,
     Dataset,
     Donors,
     Embeddings,
@@ -116,9 +124,23 @@ class Trained(NamedTuple):
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
+def features(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | None = None) -> None:
+    """Encodes item texts and images."""
+    check(config)
+    if not (config.features.text or config.features.image):
+        raise ValueError(
+            f"features: expected features.text (one of {', '.join(TEXT_ENCODERS)}) or features.image (one of "
+            f"{', '.join(IMAGE_ENCODERS)}), found neither"
+        )
+    made = encode_stage(config, output or workdir / "features")
+    for modality, path in made.items():
+        say(f"{modality} features: {path}")
+    say(f"manifest: {(output or workdir / 'features') / encoding.MANIFEST}")
+
+
 def run(config: ConfigDict, workdir: pathlib.Path, *, command: str = "marsjax.pipeline.run(config, workdir)") -> None:
     """All stages for every seed, then the report, which quotes `command`."""
-    found = run_cell(config, Stages(workdir), load(config), command=command)
+    found = run_cell(config, Stages(workdir), load(config, workdir=workdir), command=command)
     files.write_json(workdir / "results.json", found)
     files.write_bytes(workdir / "results.md", report.as_markdown(found["rows"], found["comparisons"]).encode())
     say(report.as_table(found["rows"], found["comparisons"]))
@@ -143,7 +165,7 @@ def reproduce(
             f"{', '.join(sorted(unknown))}"
         )
     first = with_changes(config, study.QUICK if quick else {})
-    dataset = read(first)
+    dataset = read(first, workdir)
     tell(dataset.problems)
     stages, sections = Stages(workdir), []
 
@@ -192,13 +214,13 @@ def reproduce(
 def inspect(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Prints what the data hold and every problem found."""
     check(config)
-    dataset = read(config)
+    dataset = read(config, workdir)
     say(inspection.describe(dataset, split(config, dataset)))
 
 
 def align(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains the aligned space of every seed and writes item and user vectors."""
-    loaded, stages = load(config), Stages(workdir)
+    loaded, stages = load(config, workdir=workdir), Stages(workdir)
     for seed in config.seeds:
         context = Context(config, loaded, stages, seed)
         _, folder = embed_stage(context, align_stage(context))
@@ -209,7 +231,7 @@ def augment(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path |
     """Writes what every low-active user borrows, as Parquet."""
     output = output or workdir / "borrowed.parquet"
     table.need_pyarrow()
-    context = Context(config, load(config), Stages(workdir), config.seeds[0])
+    context = Context(config, load(config, workdir=workdir), Stages(workdir), config.seeds[0])
     donation = borrow(context)
     candidates = table.read_candidates(donation.folder / "candidates.npz")
     table.write_parquet(output, candidates, donation.queries, context.loaded.rows, context.loaded.dataset)
@@ -219,7 +241,7 @@ def augment(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path |
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains and scores the CTR model with every method, for every seed."""
-    loaded, stages = load(config), Stages(workdir)
+    loaded, stages = load(config, workdir=workdir), Stages(workdir)
     for seed in config.seeds:
         context = Context(config, loaded, stages, seed)
         donation = borrow(context)
@@ -242,7 +264,7 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             f"export: expected ctr.inputs=ids and one of {served}, found {config.ctr.inputs} and "
             f"{config.export.method}; a bundle holds no marks, rates, votes or opinions to score with yet"
         )
-    context = Context(config, load(config), Stages(workdir), config.seeds[0])
+    context = Context(config, load(config, workdir=workdir), Stages(workdir), config.seeds[0])
     space = align_stage(context)
     vectors, _ = embed_stage(context, space)
     donation = augment_stage(context, space, vectors)
@@ -305,6 +327,9 @@ def check(config: ConfigDict) -> None:
         config,
         {
             "data.source": SOURCES,
+            "features.text": ("", *TEXT_ENCODERS),
+            "features.image": ("", *IMAGE_ENCODERS),
+            "features.dtype": encoding.DTYPES,
             "split.kind": ("leave_one_out", "last_fraction", "global_time"),
             "split.history": ("all", "positives"),
             "alignment.objective": alignment.OBJECTIVES,
@@ -350,9 +375,16 @@ def check(config: ConfigDict) -> None:
     mars.check_theta(config.augmentation.theta, config.augmentation.theta_quantile)
 
 
-def read(config: ConfigDict) -> Dataset:
-    """Reads, checks and numbers the data."""
-    dataset = SOURCES[config.data.source](config.data)
+def read(config: ConfigDict, workdir: pathlib.Path | None = None) -> Dataset:
+    """Reads, checks and numbers the data; encodes texts and images first where an encoder is named."""
+    made: dict[str, pathlib.Path] = {}
+    if config.features.text or config.features.image:
+        if workdir is None:
+            raise ValueError("features: expected a workdir to write what is encoded to, found none")
+        made = encode_stage(config, workdir / "features")
+    dataset = SOURCES[config.data.source](config.data, made)
+    if config.data.permute_features:
+        dataset = permute_features(dataset, seed=config.split.seed)
     if config.data.permute_labels:
         dataset = permute_labels(dataset, seed=config.split.seed)
     return (
@@ -385,11 +417,11 @@ def split(config: ConfigDict, dataset: Dataset) -> Rows:
     )
 
 
-def load(config: ConfigDict, dataset: Dataset | None = None) -> Loaded:
+def load(config: ConfigDict, dataset: Dataset | None = None, *, workdir: pathlib.Path | None = None) -> Loaded:
     """Data ready for learning; tells every problem, and refuses splits that nothing can be learnt or judged on."""
     check(config)
     if dataset is None:
-        dataset = read(config)
+        dataset = read(config, workdir)
         tell(dataset.problems)
     rows = split(config, dataset)
     for name, number in (("training", TRAIN), ("validation", VALID), ("test", TEST)):
@@ -413,6 +445,49 @@ def load(config: ConfigDict, dataset: Dataset | None = None) -> Loaded:
         ),
         fingerprint(dataset.fingerprint, to_json(config.split)),
     )
+
+
+def encode_stage(config: ConfigDict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Encodes what has no vector yet, Eq. 3: the feature file of each modality that has an encoder."""
+    cfg, made = config.features, {}
+    content = CONTENTS[config.data.source](config, folder.parent)
+    encoders: dict[str, tuple[str, Mapping[str, Make]]] = {
+        "text": (cfg.text, TEXT_ENCODERS), "image": (cfg.image, IMAGE_ENCODERS)
+    }  # fmt: skip
+    for modality, (name, known) in encoders.items():
+        if not name:
+            continue
+        facts: dict[str, Any] = {}
+        if name == "precomputed":
+            values: Sequence[Any] = [str(item) for item in content.raw_id_I]
+        elif modality == "text":
+            values, facts = render(cfg.template, content.fields), {"template": cfg.template}
+        else:
+            need_pillow()
+            values = content.image_I
+        file = getattr(cfg, f"{modality}_file")
+        options = Options(
+            model=getattr(cfg, f"{modality}_model"),
+            revision=getattr(cfg, f"{modality}_revision"),
+            width=cfg.text_width,
+            expected_width=getattr(cfg, f"{modality}_expected"),
+            max_tokens=cfg.max_tokens,
+            batch=cfg.batch,
+            file=pathlib.Path(file) if file else None,
+        )
+        made[modality], problems = encoding.encode_items(
+            modality,
+            content.raw_id_I,
+            values,
+            known[name](options, values),
+            encoding.READERS["text" if name == "precomputed" else modality],
+            folder=folder,
+            facts=facts,
+            dtype=cfg.dtype,
+            strict=config.data.strict,
+        )
+        tell(problems)
+    return made
 
 
 def align_stage(context: Context) -> Space:
@@ -743,18 +818,22 @@ def say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _synthetic(data: ConfigDict) -> Dataset:
-    return make_synthetic(**to_json(data.synthetic))
+Paths = Mapping[str, pathlib.Path]  # modality -> the feature file that was made for it
 
 
-def _features(folder: pathlib.Path, data: ConfigDict) -> dict[str, pathlib.Path]:
+def _synthetic(data: ConfigDict, made: Paths) -> Dataset:
+    read = {name: read_features(path) for name, path in made.items()}
+    return make_synthetic(read or None, **to_json(data.synthetic))
+
+
+def _features(folder: pathlib.Path, data: ConfigDict, made: Paths) -> dict[str, pathlib.Path]:
     named = {"text": data.text_features, "image": data.image_features}
-    return {name: folder / path for name, path in named.items() if path}
+    return {name: made.get(name, folder / path) for name, path in named.items() if path or name in made}
 
 
-def _movielens(data: ConfigDict) -> Dataset:
+def _movielens(data: ConfigDict, made: Paths) -> Dataset:
     folder = pathlib.Path(data.folder)
-    features = _features(folder, data)
+    features = _features(folder, data, made)
     return load_movielens(
         folder,
         text_features=features.get("text"),
@@ -766,12 +845,12 @@ def _movielens(data: ConfigDict) -> Dataset:
     )
 
 
-def _tabular(data: ConfigDict) -> Dataset:
+def _tabular(data: ConfigDict, made: Paths) -> Dataset:
     return load_tabular(
         events_path=pathlib.Path(data.events_file),
         items_path=pathlib.Path(data.items_file) if data.items_file else None,
-        columns={name: column for name, column in to_json(data.columns).items() if column},
-        features=_features(pathlib.Path(), data),
+        columns={name: column for name, column in to_json(data.columns).items() if column and name != "image"},
+        features=_features(pathlib.Path(), data, made),
         image_folder=pathlib.Path(data.image_folder) if data.image_folder else None,
         category_separator=data.category_separator,
         label_threshold=data.label_threshold,
@@ -779,6 +858,45 @@ def _tabular(data: ConfigDict) -> Dataset:
         min_user_events=data.min_user_events,
         strict=data.strict,
     )
+
+
+def _drawn_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    """Draws the items of the planted data, and reads the drawings as a user's own items.csv and images."""
+    drawn = to_json(config.data.synthetic)
+    raw_id_I, item_ID = latent_items(**drawn)
+    folder = workdir / "drawings"
+    write_drawings(folder, raw_id_I=raw_id_I, item_ID=item_ID, missing=drawn["missing"], seed=drawn["seed"])
+    return tabular_content(
+        items_path=folder / "items.csv", item="id", fields=columns_of(config.features.template),
+        image_folder=folder / "images",
+    )  # fmt: skip
+
+
+def _movie_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    data, folder = config.data, pathlib.Path(config.data.folder)
+    return movielens_content(
+        folder,
+        texts=folder / data.item_texts if data.item_texts else None,
+        image_folder=folder / data.image_folder if data.image_folder else None,
+    )
+
+
+def _table_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    data = config.data
+    if not data.items_file:
+        raise ValueError("features: expected data.items_file with one row an item, found none")
+    if config.features.image not in ("", "precomputed") and not data.image_folder:
+        raise ValueError("features.image: expected data.image_folder, found none")
+    return tabular_content(
+        items_path=pathlib.Path(data.items_file),
+        item=data.columns.item,
+        fields=columns_of(config.features.template) if config.features.text not in ("", "precomputed") else (),
+        image=data.columns.image,
+        image_folder=pathlib.Path(data.image_folder) if data.image_folder else None,
+    )
+
+
+CONTENTS = {"synthetic": _drawn_content, "movielens": _movie_content, "tabular": _table_content}
 
 
 def with_changes(config: ConfigDict, changes: Mapping[str, str]) -> ConfigDict:

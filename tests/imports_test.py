@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "allocator": set(),
     "data": set(),
-    "features": set(),
+    "features": {"data.feature_files", "progress"},  # an array that was made elsewhere is an encoder too
     "training": {"progress"},
     "alignment_losses": set(),
     "alignment": {"alignment_losses", "training.optimizer", "training.sharding", "training.step"},
@@ -50,7 +50,7 @@ ONLY_IN = {
     "ml_collections": {"main.py", "pipeline.py", "configuration.py", "defaults.py"},
 }
 CORE = {"jax", "flax", "optax", "numpy", "scipy", "rich", "absl", *ONLY_IN}
-EXTRAS = {"pyarrow", "tensorboardX"}  # may be missing, so imported inside the function that uses them
+EXTRAS = {"PIL", "pyarrow", "tensorboardX"}  # may be missing, so imported inside the function that uses them
 
 
 class Import(NamedTuple):

@@ -7,8 +7,9 @@ import pathlib
 import numpy as np
 
 from marsjax.data.cleaning import Ids, RawItems, build_dataset
+from marsjax.data.content import find_images, joined, no_images, read_texts
 from marsjax.data.feature_files import image_folder_problems, read_features
-from marsjax.records import Dataset, Problem
+from marsjax.records import Content, Dataset, Problem
 
 # Counts of the official files (README of the download), and of items with at least 5 ratings.
 KNOWN_COUNTS = {"ratings": 1_000_209, "users": 6_040, "movies": 3_883, "rated movies": 3_706}
@@ -46,17 +47,13 @@ def load_movielens(
     except ValueError as error:
         raise ValueError(f"{folder / 'ratings.dat'}: expected whole numbers in all columns ({error})") from error
 
-    movies = [line.split("::") for line in _read(folder, "movies.dat").decode("latin-1").splitlines() if line]
-    for number, fields in enumerate(movies, start=1):
-        if len(fields) != 3:
-            raise ValueError(f"{folder / 'movies.dat'}:{number}: expected movie::title::genres, found {fields}")
-    raw_id = np.array([fields[0] for fields in movies])
-    items = RawItems(raw_id, np.array([fields[1] for fields in movies]), [f[2].split("|") for f in movies])
+    items = _read_movies(folder)
+    raw_id = items.raw_id
 
     counts = {
         "ratings": len(value_R4),
         "users": len(np.unique(value_R4[:, 0])),
-        "movies": len(movies),
+        "movies": len(raw_id),
         "rated movies": len(np.unique(value_R4[:, 1])),
     }
     if min_item_events == 5:
@@ -80,6 +77,39 @@ def load_movielens(
         min_item_events=min_item_events,
         strict=strict,
         problems=problems,
+    )
+
+
+def movielens_content(
+    folder: pathlib.Path, *, texts: pathlib.Path | None = None, image_folder: pathlib.Path | None = None
+) -> Content:
+    """What the movies are encoded from: title, categories ("Action, Comedy") and, with `texts`, text.
+
+    Args:
+        texts: JSON lines with movie_id and text.
+        image_folder: posters named by movie id.
+
+    Raises:
+        ValueError: a file is missing or malformed.
+    """
+    items = _read_movies(pathlib.Path(folder))
+    fields = {"title": items.title, "categories": joined(items.categories)}
+    if texts is not None:
+        text_of = read_texts(texts)
+        fields["text"] = np.array([text_of.get(str(name), "") for name in items.raw_id], str)
+    images = find_images(image_folder, items.raw_id) if image_folder is not None else no_images(len(items.raw_id))
+    return Content(items.raw_id, fields, images)
+
+
+def _read_movies(folder: pathlib.Path) -> RawItems:
+    movies = [line.split("::") for line in _read(folder, "movies.dat").decode("latin-1").splitlines() if line]
+    for number, fields in enumerate(movies, start=1):
+        if len(fields) != 3:
+            raise ValueError(f"{folder / 'movies.dat'}:{number}: expected movie::title::genres, found {fields}")
+    return RawItems(
+        np.array([fields[0] for fields in movies]),
+        np.array([fields[1] for fields in movies]),
+        [fields[2].split("|") for fields in movies],
     )
 
 
