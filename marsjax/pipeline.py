@@ -27,8 +27,12 @@ from marsjax.ctr import objective
 from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
 from marsjax.ctr.items import content_table, padded_tables
 from marsjax.data import batches, inspection
+from marsjax.data.amazon import amazon_content, load_amazon
+from marsjax.data.checks import sum_problems
 from marsjax.data.drawings import write_drawings
 from marsjax.data.feature_files import read_features
+from marsjax.data.microlens import load_microlens, microlens_content
+from marsjax.data.mind import load_mind, mind_content
 from marsjax.data.movielens import load_movielens, movielens_content
 from marsjax.data.permutation import permute_features, permute_labels
 from marsjax.data.priors import prior_numbers
@@ -842,6 +846,7 @@ def _movielens(data: ConfigDict, made: Paths) -> Dataset:
         label_threshold=data.label_threshold,
         min_item_events=data.min_item_events,
         strict=data.strict,
+        checksums=_path(data.checksums),
     )
 
 
@@ -896,7 +901,73 @@ def _table_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
     )
 
 
-CONTENTS = {"synthetic": _drawn_content, "movielens": _movie_content, "tabular": _table_content}
+def _amazon_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    data = config.data
+    return amazon_content(
+        pathlib.Path(data.items_file),
+        reviews=_path(data.events_file),
+        core=data.core,
+        image_folder=_path(data.image_folder),
+    )
+
+
+def _microlens_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    return microlens_content(pathlib.Path(config.data.items_file), image_folder=_path(config.data.image_folder))
+
+
+def _mind_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    return mind_content(_mind_folders(config.data))
+
+
+CONTENTS = {
+    "synthetic": _drawn_content,
+    "movielens": _movie_content,
+    "tabular": _table_content,
+    "amazon": _amazon_content,
+    "microlens": _microlens_content,
+    "mind": _mind_content,
+}
+
+
+def _recipe(data: ConfigDict, made: Paths) -> dict[str, Any]:
+    """What all recipes of published data are told."""
+    sums = sum_problems(pathlib.Path(data.checksums)) if data.checksums else []
+    return {
+        "features": _features(pathlib.Path(), data, made),
+        "expected": {"events": data.expected_events, "users": data.expected_users, "items": data.expected_items},
+        "min_item_events": data.min_item_events,
+        "min_user_events": data.min_user_events,
+        "strict": data.strict,
+        "problems": tuple(sums),
+    }
+
+
+def _amazon(data: ConfigDict, made: Paths) -> Dataset:
+    return load_amazon(
+        pathlib.Path(data.events_file),
+        metadata=_path(data.items_file),
+        core=data.core,
+        label_threshold=data.label_threshold,
+        **_recipe(data, made),
+    )
+
+
+def _microlens(data: ConfigDict, made: Paths) -> Dataset:
+    return load_microlens(
+        pathlib.Path(data.events_file), titles=_path(data.items_file), negatives=data.negatives, **_recipe(data, made)
+    )
+
+
+def _mind(data: ConfigDict, made: Paths) -> Dataset:
+    return load_mind(_mind_folders(data), **_recipe(data, made))
+
+
+def _mind_folders(data: ConfigDict) -> list[pathlib.Path]:
+    return [pathlib.Path(name.strip()) for name in data.folder.split(",")]
+
+
+def _path(name: str) -> pathlib.Path | None:
+    return pathlib.Path(name) if name else None
 
 
 def with_changes(config: ConfigDict, changes: Mapping[str, str]) -> ConfigDict:
@@ -985,7 +1056,14 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
     return tuple(out)
 
 
-SOURCES = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}
+SOURCES = {
+    "synthetic": _synthetic,
+    "movielens": _movielens,
+    "tabular": _tabular,
+    "amazon": _amazon,
+    "microlens": _microlens,
+    "mind": _mind,
+}
 
 
 def centre_of(config: ConfigDict, donor_PD: np.ndarray) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 
 import numpy as np
 
+from marsjax.data.checks import sum_problems
 from marsjax.data.cleaning import Ids, RawItems, build_dataset
 from marsjax.data.content import find_images, joined, no_images, read_texts
 from marsjax.data.feature_files import image_folder_problems, read_features
@@ -14,6 +16,7 @@ from marsjax.records import Content, Dataset, Problem
 # Counts of the official files (README of the download), and of items with at least 5 ratings.
 KNOWN_COUNTS = {"ratings": 1_000_209, "users": 6_040, "movies": 3_883, "rated movies": 3_706}
 KNOWN_ITEMS_OF_5 = 3_416
+ARCHIVE_MD5 = "c4d9eecfca2ab87c1945afe126590906"  # of ml-1m.zip, beside the download
 
 
 def load_movielens(
@@ -25,10 +28,13 @@ def load_movielens(
     label_threshold: float | None = 4.0,
     min_item_events: int = 5,
     strict: bool = False,
+    checksums: pathlib.Path | None = None,
 ) -> Dataset:
     """Reads MovieLens-1M; a rating of 4 or 5 is a click. Genres become categories.
 
-    Differences from the known counts are a problem of kind "count_differs", and are refused by `strict`.
+    Where the folder holds the downloaded ml-1m.zip too, or lies beside it, this is held against its published sum.
+    Differences from the known counts are a problem of kind "count_differs", and are refused by `strict`, as are other
+    sums.
 
     Raises:
         ValueError: a file is missing or malformed; the message names the file, and the line where there is one.
@@ -61,6 +67,13 @@ def load_movielens(
     known = KNOWN_COUNTS | {"movies of at least 5 ratings": KNOWN_ITEMS_OF_5}
     different = [f"{counts[what]} {what}, officially {known[what]}" for what in counts if counts[what] != known[what]]
     problems = [Problem("count_differs", len(different), "noted", tuple(different))] if different else []
+    problems += sum_problems(checksums) if checksums is not None else []
+    for archive in (folder / "ml-1m.zip", folder.parent / "ml-1m.zip"):
+        if archive.is_file():
+            with archive.open("rb") as data:
+                if hashlib.file_digest(data, "md5").hexdigest() != ARCHIVE_MD5:
+                    problems.append(Problem("checksum_differs", 1, "noted", (archive.name,)))
+            break
     if image_folder is not None:
         problems += image_folder_problems(image_folder, raw_id)
     named = {"text": text_features, "image": image_features}
