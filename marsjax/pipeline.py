@@ -29,6 +29,7 @@ from marsjax.ctr.items import content_table, padded_tables
 from marsjax.data import batches, inspection
 from marsjax.data.amazon import amazon_content, load_amazon
 from marsjax.data.checks import sum_problems
+from marsjax.data.content import find_images
 from marsjax.data.drawings import write_drawings
 from marsjax.data.feature_files import read_features
 from marsjax.data.microlens import load_microlens, microlens_content
@@ -40,7 +41,8 @@ from marsjax.data.sampling import sample_users
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import latent_items, make_synthetic
 from marsjax.data.tabular import load_tabular, tabular_content
-from marsjax.evaluation import metrics, page, report, study_page
+from marsjax.evaluation import features_page, metrics, page, report, study_page
+from marsjax.evaluation.plots import Plot
 from marsjax.features import encoding
 from marsjax.features.encoders import IMAGE_ENCODERS, TEXT_ENCODERS
 from marsjax.features.images import need_pillow
@@ -202,6 +204,8 @@ def reproduce(
         drawn: tuple[Any, ...] = ()
         if part.kind == "statistics":
             drawn = (study_page.statistics_table(inspection.statistics(dataset, split(first, dataset))),)
+        elif part.kind == "features" and asked and dataset.items.modalities:
+            drawn = evidence(Context(first, load(first, dataset), stages, first.seeds[0]))
         elif part.kind == "cases" and asked:
             drawn = cases(Context(first, load(first, dataset), stages, first.seeds[0]))
         sections.append(study_page.section(part, results, refused, drawn=drawn))
@@ -982,6 +986,48 @@ def dataset_name(config: ConfigDict, loaded: Loaded) -> str:
     """The data set's name, with how far histories were cut: ml1m, ml1m_sparse5."""
     sparse = f"_sparse{config.split.sparse_events}" if config.split.sparse_fraction else ""
     return f"{loaded.dataset.name}{sparse}"
+
+
+def evidence(context: Context) -> tuple[page.Table | Plot | page.Case, ...]:
+    """What the item features know: probes of categories, neighbours as pictures, the modality gap, and a map."""
+    config, loaded, _, seed = context
+    items, modalities = loaded.dataset.items, tuple(config.alignment.modalities)
+    spaces = {name: (modality.feature_NF, modality.present_N) for name, modality in items.modalities.items()}
+    drawn: list[page.Table | Plot | page.Case] = []
+    if len(items.category_names) > 1:
+        drawn += features_page.probe_tables(items, seed=seed)
+    if modalities:
+        space = align_stage(context)
+        untrained = align_stage(context._replace(config=with_changes(config, {"alignment.epochs": "0"})))
+        item_N = 1 + np.random.default_rng(seed).permutation(space.encoder.n_items - 1)[: config.alignment.stein_items]
+        before, after = (
+            {
+                name: float(value)
+                for name, value in alignment.diagnostics(
+                    of.encoder, of.params, of.tables, item_N.astype(np.int32)
+                ).items()
+            }
+            for of in (untrained, space)
+        )
+        drawn.append(features_page.gap_table(before, after))
+        vectors, _ = embed_stage(context, space)
+        drawn.append(features_page.map_of(vectors.item_ND, items, seed=seed))
+        everyone_N = np.arange(len(vectors.item_ND)) > 0
+        spaces["all that is aligned"] = vectors.item_ND, everyone_N
+    return (*drawn, *features_page.neighbour_cases(items, spaces, image_files(context), seed=seed))
+
+
+def image_files(context: Context) -> dict[str, pathlib.Path]:
+    """Id -> image of the items, where there is a folder of them."""
+    data = context.config.data
+    folder = pathlib.Path(data.folder if data.source == "movielens" else "", data.image_folder)
+    if data.source == "synthetic":
+        folder = context.stages.workdir / "drawings" / "images"
+    if not (data.image_folder or data.source == "synthetic") or not folder.is_dir():
+        return {}
+    raw_id_N = context.loaded.dataset.items.raw_id_N[1:]
+    found = zip(raw_id_N, find_images(folder, raw_id_N), strict=True)
+    return {str(name): path for name, path in found if path is not None}
 
 
 def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:

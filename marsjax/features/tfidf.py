@@ -43,8 +43,10 @@ def make_tfidf(options: Options, texts: Sequence[str]) -> Encoder:
     matrix_IT = _weigh(texts, position, idf_T)
     # The starting vector is fixed, so that the same texts have the same vectors.
     start = np.random.default_rng(0).normal(size=min(matrix_IT.shape))
-    _, _, direction_FT = scipy.sparse.linalg.svds(matrix_IT, k=width, v0=start, random_state=0)
-    direction_TF = direction_FT[::-1].T
+    _, strength_F, direction_FT = scipy.sparse.linalg.svds(matrix_IT, k=width, v0=start, random_state=0)
+    # Directions that no text has are noise: there are fewer than asked for where the texts repeat themselves.
+    direction_TF = direction_FT[::-1][strength_F[::-1] > 1e-6 * strength_F.max()].T
+    width = direction_TF.shape[1]
     top_F = np.abs(direction_TF).argmax(axis=0)
     direction_TF = direction_TF * np.sign(direction_TF[top_F, np.arange(width)])
 
