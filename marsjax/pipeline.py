@@ -380,6 +380,12 @@ def check(config: ConfigDict) -> None:
             f"{', '.join(later)} in evaluation.methods; leave these out, or let split.kind=global_time keep what is "
             "later out of training"
         )
+    for modality in ("text", "image"):
+        if config.features[modality] and config.data[f"{modality}_features"]:
+            raise ValueError(
+                f"features.{modality}: expected an encoder or data.{modality}_features, found "
+                f"{config.features[modality]} and {config.data[f'{modality}_features']}; set one of them to ''"
+            )
     mars.check_theta(config.augmentation.theta, config.augmentation.theta_quantile)
 
 

@@ -142,6 +142,7 @@ def test_vectors_of_the_user_are_an_encoder(shop):
         ({"data__items_file": ""}, "features: expected data.items_file with one row an item, found none"),
         ({"data__image_folder": ""}, "features.image: expected data.image_folder, found none"),
         ({"features__text": "", "features__image": ""}, "expected features.text .one of llama, minilm, tfidf"),
+        ({"data__text_features": "x.npz"}, "expected an encoder or data.text_features, found tfidf and x.npz"),
         ({"features__text": "bert"}, "config.features.text expects one of .*tfidf, got 'bert'"),
         ({"features__text": "precomputed"}, "precomputed: expected a file of vectors"),
         ({"features__dtype": "int8"}, "config.features.dtype expects one of float16, float32, got 'int8'"),

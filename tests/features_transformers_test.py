@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from marsjax.defaults import default_config
+from marsjax.features.hub import place
 from marsjax.features.llama import make_llama
 from marsjax.features.qwen_vision import make_qwen_vision
 from marsjax.features.signature import Options
@@ -186,6 +188,15 @@ def test_what_is_no_such_model_is_refused(llama, tmp_path):
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="expected weights in \\*.safetensors, found none"):
         make_llama(Options(model=str(tmp_path / "pickled")), [])
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "has_bfloat16", "expected"),
+    [(False, False, ("cpu", "float32")), (True, False, ("cuda", "float32")), (True, True, ("cuda", "bfloat16"))],
+)
+def test_bfloat16_where_the_device_has_it(has_gpu, has_bfloat16, expected):
+    cuda = types.SimpleNamespace(is_available=lambda: has_gpu, is_bf16_supported=lambda: has_bfloat16)
+    assert place(types.SimpleNamespace(cuda=cuda, float32="float32", bfloat16="bfloat16")) == expected
 
 
 def test_other_weights_are_other_facts(llama, tmp_path):

@@ -41,9 +41,10 @@ def load_mind(
     Raises:
         ValueError: a file is missing or a line is something else; the message names file and line.
     """
-    user, item, label, time, where = [], [], [], [], []
+    user, item, label, time = [], [], [], []
+    part, line = [], []  # where a row comes from
     impressions = 0
-    for folder in folders:
+    for at_folder, folder in enumerate(folders):
         for number, fields in _table(pathlib.Path(folder) / "behaviors.tsv", 5):
             try:
                 at = datetime.datetime.strptime(fields[2], "%m/%d/%Y %I:%M:%S %p").replace(tzinfo=datetime.UTC)
@@ -61,7 +62,8 @@ def load_mind(
                 item.append(news)
                 label.append(float(click))
                 time.append(int(at.timestamp()))
-                where.append((pathlib.Path(folder).name, number))
+                part.append(at_folder)
+                line.append(number)
     rows = _read_news(folders)
     raw_id = np.array([*rows], str)
     order_R = np.argsort(np.array(time, np.int64), kind="stable")  # the log is in no order of time
@@ -72,7 +74,7 @@ def load_mind(
         item_R=np.array(item, str)[order_R],
         label_R=np.array(label, np.float64)[order_R],
         time_R=np.array(time, np.int64)[order_R],
-        where=lambda at: [f"{where[row][0]}/behaviors.tsv:{where[row][1]}" for row in order_R[at]],
+        where=lambda at: [f"{folders[part[row]]}/behaviors.tsv:{line[row]}" for row in order_R[at]],
         items=RawItems(raw_id, np.array([row[3] for row in rows.values()], str), [row[1:3] for row in rows.values()]),
         features={name: read_features(path) for name, path in features.items()},
         min_item_events=min_item_events,
