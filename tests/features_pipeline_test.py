@@ -53,7 +53,8 @@ def test_the_page_of_the_documentation_works(shop, capsys):
     text = (ROOT / "docs" / "features.md").read_text()
     commands = [line.split()[1:] for line in text.splitlines() if line.startswith("    marsjax ") and "mine.py" in line]
     assert [words[0] for words in commands] == ["features", "augment", "reproduce"]
-    small = ["--config.alignment.width=16", "--config.alignment.id_width=8", "--config.features.text_width=8"]
+    small = ["--config.training.sharding=single", "--config.alignment.history=8", "--config.alignment.stein_items=16"]
+    small += ["--config.alignment.width=16", "--config.alignment.id_width=8", "--config.features.text_width=8"]
     small += [f"--config.{key}={value}" for key, value in WITHOUT_WEIGHTS.items()]
     for words in commands:
         assert main.main([*words, *small]) == 0
