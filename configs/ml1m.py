@@ -6,6 +6,11 @@ PATH/ml-1m is the official folder (ratings.dat, movies.dat; grouplens.org/datase
 from the two files in features/ named below, which are not part of the download. Variants, joined by commas: `5seeds`,
 `last_fraction` (each user's last 20% as test), `sparse3`, `sparse5`, `sparse10`, `sparse20` (a random 30% of the users
 keep only their first 3, 5, 10 or 20 events), `paper` (MARS as printed).
+
+What items are encoded from, instead of the two files: `encoded` (MiniLM and MobileNetV2) or `plain` (TF-IDF and colour
+statistics, which need no weights), of title, genres, the texts in item_text.jsonl and posters/ID.jpg, which are not
+part of the download either; `marsjax run` encodes first. `shuffled` is a control: each item has the features of another
+one.
 """
 
 from marsjax.defaults import default_config
@@ -14,7 +19,7 @@ from marsjax.defaults import default_config
 def get_config(variant: str = ""):
     options = [option for option in variant.split(",") if option]
     sparse = {f"sparse{count}": count for count in (3, 5, 10, 20)}
-    known = ("5seeds", "last_fraction", *sparse, "paper")
+    known = ("5seeds", "last_fraction", *sparse, "paper", "encoded", "plain", "shuffled")
     unknown = set(options) - set(known)
     if unknown:
         raise ValueError(f"unknown variant {sorted(unknown)}; expected {', '.join(known)}")
@@ -25,6 +30,16 @@ def get_config(variant: str = ""):
     config.data.min_item_events = 5
     config.data.text_features = "features/text_minilm_384.npz"  # relative to the folder
     config.data.image_features = "features/image_mobilenetv2_1280.npz"
+    encoders = {"encoded": ("minilm", "mobilenet"), "plain": ("tfidf", "colour")}
+    for option in sorted(encoders.keys() & options):
+        config.features.text, config.features.image = encoders[option]
+        config.features.template = "{title}. {categories}. {text}"
+        config.data.item_texts = "item_text.jsonl"
+        config.data.image_folder = "posters"
+        config.data.text_features = config.data.image_features = ""
+    if encoders.keys() <= set(options):
+        raise ValueError(f"expected one of the variants {', '.join(encoders)} at a time, found {variant}")
+    config.data.permute_features = "shuffled" in options
     if "5seeds" in options:
         config.seeds = (0, 1, 2, 3, 4)
     if "last_fraction" in options:

@@ -3,7 +3,8 @@
     marsjax run --config=configs/synthetic.py --workdir=runs/quickstart
 
 Variants, joined by commas: `1seed`, `unaligned` (the Stein loss of Eq. 14 has no weight), `shuffled` (features permuted
-between items: content tells nothing, and the gain of MARS must vanish).
+between items: content tells nothing, and the gain of MARS must vanish), `drawn` (texts are written and images drawn for
+the items, and `marsjax features` makes vectors of them).
 """
 
 from marsjax.defaults import default_config
@@ -11,9 +12,9 @@ from marsjax.defaults import default_config
 
 def get_config(variant: str = ""):
     options = [option for option in variant.split(",") if option]
-    unknown = set(options) - {"1seed", "unaligned", "shuffled"}
+    unknown = set(options) - {"1seed", "unaligned", "shuffled", "drawn"}
     if unknown:
-        raise ValueError(f"unknown variant {sorted(unknown)}; expected 1seed, unaligned, shuffled")
+        raise ValueError(f"unknown variant {sorted(unknown)}; expected 1seed, unaligned, shuffled, drawn")
     config = default_config("mars")
     config.seeds = (0,) if "1seed" in options else (0, 1, 2)
     config.split.history = "positives"  # a log of clicks
@@ -36,6 +37,11 @@ def get_config(variant: str = ""):
     )
     if "unaligned" in options:
         config.alignment.beta = 0.0
+    if "drawn" in options:
+        config.features.text = "tfidf"
+        config.features.image = "colour"
+        config.features.template = "{text}"
+        config.features.text_width = 64
     if "shuffled" in options:
         config.data.synthetic.shuffle_features = True
     return config

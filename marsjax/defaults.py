@@ -19,18 +19,27 @@ def default_config(preset: str = "mars") -> ConfigDict:
     config.seeds = (0,)  # one full run for each: alignment, augmentation and CTR
 
     config.data = data = ConfigDict()
-    data.source = "synthetic"  # synthetic, movielens, tabular
-    data.folder = ""  # movielens: the official folder
-    data.events_file = ""  # tabular: Parquet or CSV with one row an interaction
-    data.items_file = ""  # tabular: Parquet or CSV with one row an item; "" takes the items from the events
+    data.source = "synthetic"  # synthetic, movielens, tabular, amazon, microlens, mind
+    data.folder = ""  # movielens: the official folder; mind: folders, joined by commas
+    data.events_file = ""  # tabular: Parquet or CSV with one row an interaction; amazon: reviews; microlens: pairs
+    # tabular: Parquet or CSV with one row an item; amazon: metadata; microlens: titles; "" takes items from the events
+    data.items_file = ""
     data.text_features = ""  # .npz, .npy or Parquet with one vector an item; "" does without
     data.image_features = ""
-    data.image_folder = ""  # images named by item id, checked for completeness; "" skips the check
+    data.image_folder = ""  # images named by item id, checked for completeness and encoded; "" does without
+    data.item_texts = ""  # movielens: JSON lines of movie_id and text, for features.template; "" does without
+    data.permute_features = False  # a control: each item has the features of another one
     data.label_threshold = config_dict.placeholder(float)  # label = value >= threshold; None: the column is 0/1
     data.min_item_events = 1  # items with fewer events are dropped
     data.min_user_events = 1
     data.sample_users = 0  # only so many users, drawn with split.seed; 0: all
     data.permute_labels = False  # a control: each user's labels in random order; a per-user AUC above 0.5 is a leak
+    data.core = 0  # amazon: keep users and items with so many reviews each; 0: all
+    data.negatives = 1  # microlens: videos without a click that are drawn for each click
+    data.checksums = ""  # a list of sums as sha256sum writes it, which the files are checked against; "" checks none
+    data.expected_events = 0  # amazon, microlens, mind: published counts that the data are checked against; 0: any
+    data.expected_users = 0
+    data.expected_items = 0
     data.strict = False  # refuse bad rows instead of dropping them
     data.columns = columns = ConfigDict()  # tabular: our name -> the file's name
     columns.user = "user"
@@ -39,8 +48,26 @@ def default_config(preset: str = "mars") -> ConfigDict:
     columns.time = "time"
     columns.title = ""  # of the items file; "" where there is none
     columns.categories = ""
+    columns.image = ""  # file names in image_folder; "" finds images by item id
     data.category_separator = "|"
     data.synthetic = synthetic_config()
+
+    config.features = features = ConfigDict()  # `marsjax features`, features/; data.text_features needs no encoder
+    features.text = ""  # encoder of the texts: tfidf, minilm, llama, precomputed; "" encodes none
+    features.image = ""  # encoder of the images: colour, mobilenet, qwen_vision, precomputed; "" encodes none
+    features.template = "{title}"  # what of an item is encoded as its text: columns of the items, in braces
+    features.dtype = "float32"  # of the vectors on disk: float32, float16
+    features.text_model = ""  # llama: a folder or hub name; minilm: a folder instead of the packaged weights
+    features.text_revision = ""  # of a hub name: a commit, so that the weights stay the same
+    features.text_file = ""  # precomputed: .npz, .npy or Parquet
+    features.text_width = 256  # tfidf: singular vectors; others have their own width
+    features.text_expected = 4096  # llama: refuse a model of another width; 0 takes any
+    features.max_tokens = 0  # longer texts are cut; 0: as the model was trained
+    features.image_model = ""  # qwen_vision: a folder or hub name; mobilenet: a file instead of the packaged weights
+    features.image_revision = ""
+    features.image_file = ""  # precomputed
+    features.image_expected = 3584  # qwen_vision: as above
+    features.batch = 0  # items encoded at a time; 0: as the encoder likes it
 
     config.split = split = ConfigDict()
     split.kind = "leave_one_out"  # leave_one_out, last_fraction, global_time
@@ -168,6 +195,7 @@ def default_config(preset: str = "mars") -> ConfigDict:
 
 
 def synthetic_config() -> ConfigDict:
-    """The arguments of `marsjax.data.synthetic.make_synthetic`."""
+    """The named arguments of `marsjax.data.synthetic.make_synthetic`."""
     parameters = inspect.signature(make_synthetic).parameters
-    return ConfigDict({name: parameter.default for name, parameter in parameters.items()})
+    named = {name: parameter for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    return ConfigDict({name: parameter.default for name, parameter in named.items()})

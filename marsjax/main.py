@@ -29,6 +29,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "inspect": Command("print what the data hold, and every problem found",
                        "Reads, checks and splits the data; trains and writes nothing."),
+    "features": Command("encode item texts and images; write one array a modality",
+                        "Writes text.npz, image.npz and manifest.json. Continues where it was stopped, and encodes "
+                        "again only what has changed. `marsjax run` with the same flags does this first.", ("output",)),
     "run": Command("do all stages for every seed and print the table of methods",
                    "Writes results.json and results.md. Stages that --workdir holds finished for the same values "
                    "and data are skipped; one that was stopped continues."),

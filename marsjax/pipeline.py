@@ -27,14 +27,27 @@ from marsjax.ctr import objective
 from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
 from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
 from marsjax.data import batches, inspection
-from marsjax.data.movielens import load_movielens
-from marsjax.data.permutation import permute_labels
+from marsjax.data.amazon import amazon_content, load_amazon
+from marsjax.data.checks import sum_problems
+from marsjax.data.content import find_images
+from marsjax.data.drawings import write_drawings
+from marsjax.data.feature_files import read_features
+from marsjax.data.microlens import load_microlens, microlens_content
+from marsjax.data.mind import load_mind, mind_content
+from marsjax.data.movielens import load_movielens, movielens_content
+from marsjax.data.permutation import permute_features, permute_labels
 from marsjax.data.priors import prior_numbers
 from marsjax.data.sampling import sample_users
 from marsjax.data.splits import make_rows
-from marsjax.data.synthetic import make_synthetic
-from marsjax.data.tabular import load_tabular
-from marsjax.evaluation import metrics, page, report, study_page
+from marsjax.data.synthetic import latent_items, make_synthetic
+from marsjax.data.tabular import load_tabular, tabular_content
+from marsjax.evaluation import features_page, metrics, page, report, study_page
+from marsjax.evaluation.plots import Plot
+from marsjax.features import encoding
+from marsjax.features.encoders import IMAGE_ENCODERS, TEXT_ENCODERS
+from marsjax.features.images import need_pillow
+from marsjax.features.signature import Make, Options
+from marsjax.features.text import columns_of, render
 from marsjax.progress import progress
 from marsjax.provenance import current_commit, machine_description
 from marsjax.records import (
@@ -43,6 +56,7 @@ from marsjax.records import (
     TRAIN,
     VALID,
     Borrowed,
+    Content,
     Dataset,
     Donors,
     Embeddings,
@@ -116,9 +130,23 @@ class Trained(NamedTuple):
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
+def features(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | None = None) -> None:
+    """Encodes item texts and images."""
+    check(config)
+    if not (config.features.text or config.features.image):
+        raise ValueError(
+            f"features: expected features.text (one of {', '.join(TEXT_ENCODERS)}) or features.image (one of "
+            f"{', '.join(IMAGE_ENCODERS)}), found neither"
+        )
+    made = encode_stage(config, output or workdir / "features")
+    for modality, path in made.items():
+        say(f"{modality} features: {path}")
+    say(f"manifest: {(output or workdir / 'features') / encoding.MANIFEST}")
+
+
 def run(config: ConfigDict, workdir: pathlib.Path, *, command: str = "marsjax.pipeline.run(config, workdir)") -> None:
     """All stages for every seed, then the report, which quotes `command`."""
-    found = run_cell(config, Stages(workdir), load(config), command=command)
+    found = run_cell(config, Stages(workdir), load(config, workdir=workdir), command=command)
     files.write_json(workdir / "results.json", found)
     files.write_bytes(workdir / "results.md", report.as_markdown(found["rows"], found["comparisons"]).encode())
     say(report.as_table(found["rows"], found["comparisons"]))
@@ -143,7 +171,7 @@ def reproduce(
             f"{', '.join(sorted(unknown))}"
         )
     first = with_changes(config, study.QUICK if quick else {})
-    dataset = read(first)
+    dataset = read(first, workdir)
     tell(dataset.problems)
     stages, sections = Stages(workdir), []
 
@@ -176,6 +204,8 @@ def reproduce(
         drawn: tuple[Any, ...] = ()
         if part.kind == "statistics":
             drawn = (study_page.statistics_table(inspection.statistics(dataset, split(first, dataset))),)
+        elif part.kind == "features" and asked and dataset.items.modalities:
+            drawn = evidence(Context(first, load(first, dataset), stages, first.seeds[0]))
         elif part.kind == "cases" and asked:
             drawn = cases(Context(first, load(first, dataset), stages, first.seeds[0]))
         sections.append(study_page.section(part, results, refused, drawn=drawn))
@@ -192,13 +222,13 @@ def reproduce(
 def inspect(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Prints what the data hold and every problem found."""
     check(config)
-    dataset = read(config)
+    dataset = read(config, workdir)
     say(inspection.describe(dataset, split(config, dataset)))
 
 
 def align(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains the aligned space of every seed and writes item and user vectors."""
-    loaded, stages = load(config), Stages(workdir)
+    loaded, stages = load(config, workdir=workdir), Stages(workdir)
     for seed in config.seeds:
         context = Context(config, loaded, stages, seed)
         _, folder = embed_stage(context, align_stage(context))
@@ -209,7 +239,7 @@ def augment(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path |
     """Writes what every low-active user borrows, as Parquet."""
     output = output or workdir / "borrowed.parquet"
     table.need_pyarrow()
-    context = Context(config, load(config), Stages(workdir), config.seeds[0])
+    context = Context(config, load(config, workdir=workdir), Stages(workdir), config.seeds[0])
     donation = borrow(context)
     candidates = table.read_candidates(donation.folder / "candidates.npz")
     table.write_parquet(output, candidates, donation.queries, context.loaded.rows, context.loaded.dataset)
@@ -219,7 +249,7 @@ def augment(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path |
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Trains and scores the CTR model with every method, for every seed."""
-    loaded, stages = load(config), Stages(workdir)
+    loaded, stages = load(config, workdir=workdir), Stages(workdir)
     for seed in config.seeds:
         context = Context(config, loaded, stages, seed)
         donation = borrow(context)
@@ -242,7 +272,7 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             f"export: expected ctr.inputs=ids and one of {served}, found {config.ctr.inputs} and "
             f"{config.export.method}; a bundle holds no marks, rates, votes or opinions to score with yet"
         )
-    context = Context(config, load(config), Stages(workdir), config.seeds[0])
+    context = Context(config, load(config, workdir=workdir), Stages(workdir), config.seeds[0])
     space = align_stage(context)
     vectors, _ = embed_stage(context, space)
     donation = augment_stage(context, space, vectors)
@@ -305,6 +335,9 @@ def check(config: ConfigDict) -> None:
         config,
         {
             "data.source": SOURCES,
+            "features.text": ("", *TEXT_ENCODERS),
+            "features.image": ("", *IMAGE_ENCODERS),
+            "features.dtype": encoding.DTYPES,
             "split.kind": ("leave_one_out", "last_fraction", "global_time"),
             "split.history": ("all", "positives"),
             "alignment.objective": alignment.OBJECTIVES,
@@ -347,12 +380,25 @@ def check(config: ConfigDict) -> None:
             f"{', '.join(later)} in evaluation.methods; leave these out, or let split.kind=global_time keep what is "
             "later out of training"
         )
+    for modality in ("text", "image"):
+        if config.features[modality] and config.data[f"{modality}_features"]:
+            raise ValueError(
+                f"features.{modality}: expected an encoder or data.{modality}_features, found "
+                f"{config.features[modality]} and {config.data[f'{modality}_features']}; set one of them to ''"
+            )
     mars.check_theta(config.augmentation.theta, config.augmentation.theta_quantile)
 
 
-def read(config: ConfigDict) -> Dataset:
-    """Reads, checks and numbers the data."""
-    dataset = SOURCES[config.data.source](config.data)
+def read(config: ConfigDict, workdir: pathlib.Path | None = None) -> Dataset:
+    """Reads, checks and numbers the data; encodes texts and images first where an encoder is named."""
+    made: dict[str, pathlib.Path] = {}
+    if config.features.text or config.features.image:
+        if workdir is None:
+            raise ValueError("features: expected a workdir to write what is encoded to, found none")
+        made = encode_stage(config, workdir / "features")
+    dataset = SOURCES[config.data.source](config.data, made)
+    if config.data.permute_features:
+        dataset = permute_features(dataset, seed=config.split.seed)
     if config.data.permute_labels:
         dataset = permute_labels(dataset, seed=config.split.seed)
     return (
@@ -385,11 +431,11 @@ def split(config: ConfigDict, dataset: Dataset) -> Rows:
     )
 
 
-def load(config: ConfigDict, dataset: Dataset | None = None) -> Loaded:
+def load(config: ConfigDict, dataset: Dataset | None = None, *, workdir: pathlib.Path | None = None) -> Loaded:
     """Data ready for learning; tells every problem, and refuses splits that nothing can be learnt or judged on."""
     check(config)
     if dataset is None:
-        dataset = read(config)
+        dataset = read(config, workdir)
         tell(dataset.problems)
     rows = split(config, dataset)
     for name, number in (("training", TRAIN), ("validation", VALID), ("test", TEST)):
@@ -413,6 +459,49 @@ def load(config: ConfigDict, dataset: Dataset | None = None) -> Loaded:
         ),
         fingerprint(dataset.fingerprint, to_json(config.split)),
     )
+
+
+def encode_stage(config: ConfigDict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Encodes what has no vector yet, Eq. 3: the feature file of each modality that has an encoder."""
+    cfg, made = config.features, {}
+    content = CONTENTS[config.data.source](config, folder.parent)
+    encoders: dict[str, tuple[str, Mapping[str, Make]]] = {
+        "text": (cfg.text, TEXT_ENCODERS), "image": (cfg.image, IMAGE_ENCODERS)
+    }  # fmt: skip
+    for modality, (name, known) in encoders.items():
+        if not name:
+            continue
+        facts: dict[str, Any] = {}
+        if name == "precomputed":
+            values: Sequence[Any] = [str(item) for item in content.raw_id_I]
+        elif modality == "text":
+            values, facts = render(cfg.template, content.fields), {"template": cfg.template}
+        else:
+            need_pillow()
+            values = content.image_I
+        file = getattr(cfg, f"{modality}_file")
+        options = Options(
+            model=getattr(cfg, f"{modality}_model"),
+            revision=getattr(cfg, f"{modality}_revision"),
+            width=cfg.text_width,
+            expected_width=getattr(cfg, f"{modality}_expected"),
+            max_tokens=cfg.max_tokens,
+            batch=cfg.batch,
+            file=pathlib.Path(file) if file else None,
+        )
+        made[modality], problems = encoding.encode_items(
+            modality,
+            content.raw_id_I,
+            values,
+            known[name](options, values),
+            encoding.READERS["text" if name == "precomputed" else modality],
+            folder=folder,
+            facts=facts,
+            dtype=cfg.dtype,
+            strict=config.data.strict,
+        )
+        tell(problems)
+    return made
 
 
 def align_stage(context: Context) -> Space:
@@ -743,18 +832,22 @@ def say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _synthetic(data: ConfigDict) -> Dataset:
-    return make_synthetic(**to_json(data.synthetic))
+Paths = Mapping[str, pathlib.Path]  # modality -> the feature file that was made for it
 
 
-def _features(folder: pathlib.Path, data: ConfigDict) -> dict[str, pathlib.Path]:
+def _synthetic(data: ConfigDict, made: Paths) -> Dataset:
+    read = {name: read_features(path) for name, path in made.items()}
+    return make_synthetic(read or None, **to_json(data.synthetic))
+
+
+def _features(folder: pathlib.Path, data: ConfigDict, made: Paths) -> dict[str, pathlib.Path]:
     named = {"text": data.text_features, "image": data.image_features}
-    return {name: folder / path for name, path in named.items() if path}
+    return {name: made.get(name, folder / path) for name, path in named.items() if path or name in made}
 
 
-def _movielens(data: ConfigDict) -> Dataset:
+def _movielens(data: ConfigDict, made: Paths) -> Dataset:
     folder = pathlib.Path(data.folder)
-    features = _features(folder, data)
+    features = _features(folder, data, made)
     return load_movielens(
         folder,
         text_features=features.get("text"),
@@ -763,15 +856,16 @@ def _movielens(data: ConfigDict) -> Dataset:
         label_threshold=data.label_threshold,
         min_item_events=data.min_item_events,
         strict=data.strict,
+        checksums=_path(data.checksums),
     )
 
 
-def _tabular(data: ConfigDict) -> Dataset:
+def _tabular(data: ConfigDict, made: Paths) -> Dataset:
     return load_tabular(
         events_path=pathlib.Path(data.events_file),
         items_path=pathlib.Path(data.items_file) if data.items_file else None,
-        columns={name: column for name, column in to_json(data.columns).items() if column},
-        features=_features(pathlib.Path(), data),
+        columns={name: column for name, column in to_json(data.columns).items() if column and name != "image"},
+        features=_features(pathlib.Path(), data, made),
         image_folder=pathlib.Path(data.image_folder) if data.image_folder else None,
         category_separator=data.category_separator,
         label_threshold=data.label_threshold,
@@ -779,6 +873,111 @@ def _tabular(data: ConfigDict) -> Dataset:
         min_user_events=data.min_user_events,
         strict=data.strict,
     )
+
+
+def _drawn_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    """Draws the items of the planted data, and reads the drawings as a user's own items.csv and images."""
+    drawn = to_json(config.data.synthetic)
+    raw_id_I, item_ID = latent_items(**drawn)
+    folder = workdir / "drawings"
+    write_drawings(folder, raw_id_I=raw_id_I, item_ID=item_ID, missing=drawn["missing"], seed=drawn["seed"])
+    return tabular_content(
+        items_path=folder / "items.csv", item="id", fields=columns_of(config.features.template),
+        image_folder=folder / "images",
+    )  # fmt: skip
+
+
+def _movie_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    data, folder = config.data, pathlib.Path(config.data.folder)
+    return movielens_content(
+        folder,
+        texts=folder / data.item_texts if data.item_texts else None,
+        image_folder=folder / data.image_folder if data.image_folder else None,
+    )
+
+
+def _table_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    data = config.data
+    if not data.items_file:
+        raise ValueError("features: expected data.items_file with one row an item, found none")
+    if config.features.image not in ("", "precomputed") and not data.image_folder:
+        raise ValueError("features.image: expected data.image_folder, found none")
+    return tabular_content(
+        items_path=pathlib.Path(data.items_file),
+        item=data.columns.item,
+        fields=columns_of(config.features.template) if config.features.text not in ("", "precomputed") else (),
+        image=data.columns.image,
+        image_folder=pathlib.Path(data.image_folder) if data.image_folder else None,
+    )
+
+
+def _amazon_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    data = config.data
+    return amazon_content(
+        pathlib.Path(data.items_file),
+        reviews=_path(data.events_file),
+        core=data.core,
+        image_folder=_path(data.image_folder),
+    )
+
+
+def _microlens_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    return microlens_content(pathlib.Path(config.data.items_file), image_folder=_path(config.data.image_folder))
+
+
+def _mind_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
+    return mind_content(_mind_folders(config.data))
+
+
+CONTENTS = {
+    "synthetic": _drawn_content,
+    "movielens": _movie_content,
+    "tabular": _table_content,
+    "amazon": _amazon_content,
+    "microlens": _microlens_content,
+    "mind": _mind_content,
+}
+
+
+def _recipe(data: ConfigDict, made: Paths) -> dict[str, Any]:
+    """What all recipes of published data are told."""
+    sums = sum_problems(pathlib.Path(data.checksums)) if data.checksums else []
+    return {
+        "features": _features(pathlib.Path(), data, made),
+        "expected": {"events": data.expected_events, "users": data.expected_users, "items": data.expected_items},
+        "min_item_events": data.min_item_events,
+        "min_user_events": data.min_user_events,
+        "strict": data.strict,
+        "problems": tuple(sums),
+    }
+
+
+def _amazon(data: ConfigDict, made: Paths) -> Dataset:
+    return load_amazon(
+        pathlib.Path(data.events_file),
+        metadata=_path(data.items_file),
+        core=data.core,
+        label_threshold=data.label_threshold,
+        **_recipe(data, made),
+    )
+
+
+def _microlens(data: ConfigDict, made: Paths) -> Dataset:
+    return load_microlens(
+        pathlib.Path(data.events_file), titles=_path(data.items_file), negatives=data.negatives, **_recipe(data, made)
+    )
+
+
+def _mind(data: ConfigDict, made: Paths) -> Dataset:
+    return load_mind(_mind_folders(data), **_recipe(data, made))
+
+
+def _mind_folders(data: ConfigDict) -> list[pathlib.Path]:
+    return [pathlib.Path(name.strip()) for name in data.folder.split(",")]
+
+
+def _path(name: str) -> pathlib.Path | None:
+    return pathlib.Path(name) if name else None
 
 
 def with_changes(config: ConfigDict, changes: Mapping[str, str]) -> ConfigDict:
@@ -793,6 +992,48 @@ def dataset_name(config: ConfigDict, loaded: Loaded) -> str:
     """The data set's name, with how far histories were cut: ml1m, ml1m_sparse5."""
     sparse = f"_sparse{config.split.sparse_events}" if config.split.sparse_fraction else ""
     return f"{loaded.dataset.name}{sparse}"
+
+
+def evidence(context: Context) -> tuple[page.Table | Plot | page.Case, ...]:
+    """What the item features know: probes of categories, neighbours as pictures, the modality gap, and a map."""
+    config, loaded, _, seed = context
+    items, modalities = loaded.dataset.items, tuple(config.alignment.modalities)
+    spaces = {name: (modality.feature_NF, modality.present_N) for name, modality in items.modalities.items()}
+    drawn: list[page.Table | Plot | page.Case] = []
+    if len(items.category_names) > 1:
+        drawn += features_page.probe_tables(items, seed=seed)
+    if modalities:
+        space = align_stage(context)
+        untrained = align_stage(context._replace(config=with_changes(config, {"alignment.epochs": "0"})))
+        item_N = 1 + np.random.default_rng(seed).permutation(space.encoder.n_items - 1)[: config.alignment.stein_items]
+        before, after = (
+            {
+                name: float(value)
+                for name, value in alignment.diagnostics(
+                    of.encoder, of.params, of.tables, item_N.astype(np.int32)
+                ).items()
+            }
+            for of in (untrained, space)
+        )
+        drawn.append(features_page.gap_table(before, after))
+        vectors, _ = embed_stage(context, space)
+        drawn.append(features_page.map_of(vectors.item_ND, items, seed=seed))
+        everyone_N = np.arange(len(vectors.item_ND)) > 0
+        spaces["all that is aligned"] = vectors.item_ND, everyone_N
+    return (*drawn, *features_page.neighbour_cases(items, spaces, image_files(context), seed=seed))
+
+
+def image_files(context: Context) -> dict[str, pathlib.Path]:
+    """Id -> image of the items, where there is a folder of them."""
+    data = context.config.data
+    folder = pathlib.Path(data.folder if data.source == "movielens" else "", data.image_folder)
+    if data.source == "synthetic":
+        folder = context.stages.workdir / "drawings" / "images"
+    if not (data.image_folder or data.source == "synthetic") or not folder.is_dir():
+        return {}
+    raw_id_N = context.loaded.dataset.items.raw_id_N[1:]
+    found = zip(raw_id_N, find_images(folder, raw_id_N), strict=True)
+    return {str(name): path for name, path in found if path is not None}
 
 
 def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
@@ -867,7 +1108,14 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
     return tuple(out)
 
 
-SOURCES = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}
+SOURCES = {
+    "synthetic": _synthetic,
+    "movielens": _movielens,
+    "tabular": _tabular,
+    "amazon": _amazon,
+    "microlens": _microlens,
+    "mind": _mind,
+}
 
 
 def centre_of(config: ConfigDict, donor_PD: np.ndarray) -> np.ndarray:

@@ -14,7 +14,8 @@ All records hold NumPy arrays on the host unless their docstring says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,14 @@ class Modality(NamedTuple):
 
     feature_NF: np.ndarray  # [N, F] float32; all-zero where absent
     present_N: np.ndarray  # [N] bool; False at row 0 and for items without (usable) features
+
+
+class Content(NamedTuple):
+    """What items are encoded from, one row an item as the user supplied it. Nothing is checked yet: ids may repeat."""
+
+    raw_id_I: np.ndarray  # [I] str
+    fields: Mapping[str, np.ndarray]  # column -> [I] str, what a template may name; "" is missing
+    image_I: Sequence[pathlib.Path | None]  # I image files; None: the item has none
 
 
 class Items(NamedTuple):

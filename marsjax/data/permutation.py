@@ -1,11 +1,11 @@
-"""A control without signal: labels permuted within users."""
+"""Controls without signal: labels permuted within users, features permuted between items."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from marsjax.files import digest_json
-from marsjax.records import Dataset
+from marsjax.records import Dataset, Modality
 
 
 def permute_labels(dataset: Dataset, *, seed: int) -> Dataset:
@@ -23,4 +23,18 @@ def permute_labels(dataset: Dataset, *, seed: int) -> Dataset:
         log=log._replace(label_E=log.label_E[order_E]),
         oracle_E=None,
         fingerprint=digest_json([dataset.fingerprint, "permuted", seed]),
+    )
+
+
+def permute_features(dataset: Dataset, *, seed: int) -> Dataset:
+    """Each item that has features of a modality has those of another such item: content tells nothing any more."""
+    modalities = {}
+    for number, (name, (feature_NF, present_N)) in enumerate(dataset.items.modalities.items()):
+        has = np.flatnonzero(present_N)
+        shuffled_NF = feature_NF.copy()
+        shuffled_NF[has] = feature_NF[np.random.default_rng([seed, number]).permutation(has)]
+        modalities[name] = Modality(shuffled_NF, present_N)
+    return dataset._replace(
+        items=dataset.items._replace(modalities=modalities),
+        fingerprint=digest_json([dataset.fingerprint, "permuted features", seed]),
     )

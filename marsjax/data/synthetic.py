@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from marsjax.data.cleaning import RawFeatures, RawItems, build_dataset
@@ -9,6 +12,8 @@ from marsjax.records import Dataset
 
 
 def make_synthetic(
+    features: Mapping[str, RawFeatures] | None = None,
+    /,
     *,
     n_users: int = 2000,
     n_items: int = 400,
@@ -42,6 +47,7 @@ def make_synthetic(
     users in a space where items of one topic are near one another. That is what MARS claims to do.
 
     Args:
+        features: stand in the place of the drawn ones, such as what encoders made of the drawings of the items.
         low_fraction: share of users with `low_events` (from, to) events; the others have `high_events`.
         missing: share of items that lack one modality.
         shuffle_features: gives each item the features of another one (a control: content then tells nothing).
@@ -49,10 +55,7 @@ def make_synthetic(
     `Dataset.oracle_E` holds the true click probabilities.
     """
     rng = np.random.default_rng(seed)
-    topic_TD = rng.normal(size=(n_topics, latent)) / np.sqrt(latent)
-    topic_I = rng.integers(n_topics, size=n_items)
-    deviation_ID = item_spread * rng.normal(size=(n_items, latent)) / np.sqrt(latent)
-    item_ID = topic_TD[topic_I] + deviation_ID
+    topic_I, deviation_ID, item_ID = _items(rng, n_items, n_topics, latent, item_spread)
     likes_YT = np.zeros((n_types, n_topics))
     chosen_YK = np.argsort(rng.random((n_types, n_topics)), axis=1)[:, :topics_per_type]
     np.put_along_axis(likes_YT, chosen_YK, 1.0, axis=1)
@@ -83,12 +86,12 @@ def make_synthetic(
     time_R = begin_U[user_R] + number_R * pace_U[user_R]
 
     given = rng.permutation(n_items) if shuffle_features else np.arange(n_items)
-    features = {}
+    drawn = {}
     for modality in ("text", "image"):
         map_DF = rng.normal(size=(latent, feature_width))
         seen_IF = np.tanh(item_ID @ map_DF) + feature_noise * rng.normal(size=(n_items, feature_width))
         has = np.flatnonzero(rng.random(n_items) >= missing)
-        features[modality] = RawFeatures(_ids("i", has), seen_IF[given[has]].astype(np.float32), modality)
+        drawn[modality] = RawFeatures(_ids("i", has), seen_IF[given[has]].astype(np.float32), modality)
     items = RawItems(
         _ids("i", np.arange(n_items)), np.char.add("item of topic ", topic_I.astype(str)),
         [(f"group {topic // 3}",) for topic in topic_I],
@@ -101,9 +104,31 @@ def make_synthetic(
         time_R=time_R,
         where=lambda row_R: [f"row {row}" for row in row_R],
         items=items,
-        features=features,
+        features=drawn if features is None else features,
         oracle_R=probability_R,
     )
+
+
+def latent_items(
+    *, n_items: int, n_topics: int, latent: int, item_spread: float, shuffle_features: bool, seed: int, **_: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [I] and latent vectors [I, D] of the items that `make_synthetic` plants with the same arguments.
+
+    With `shuffle_features` each id has the vector of another item.
+    """
+    item_ID = _items(np.random.default_rng(seed), n_items, n_topics, latent, item_spread)[2]
+    given = np.random.default_rng([seed, 1]).permutation(n_items) if shuffle_features else np.arange(n_items)
+    return _ids("i", np.arange(n_items)), item_ID[given]
+
+
+def _items(
+    rng: np.random.Generator, n_items: int, n_topics: int, latent: int, item_spread: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Topics [I], deviations from them [I, D] and latent vectors [I, D]: the first draws."""
+    topic_TD = rng.normal(size=(n_topics, latent)) / np.sqrt(latent)
+    topic_I = rng.integers(n_topics, size=n_items)
+    deviation_ID = item_spread * rng.normal(size=(n_items, latent)) / np.sqrt(latent)
+    return topic_I, deviation_ID, topic_TD[topic_I] + deviation_ID
 
 
 def _ids(letter: str, number: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from marsjax.data.cleaning import Ids, RawItems, build_dataset, float_ids
-from marsjax.records import Dataset
+from marsjax.data.content import find_images, no_images
+from marsjax.records import Content, Dataset
 
 Table = Any  # pyarrow.Table; the package may be missing, so its types have no name here
 Column = Any  # pyarrow.ChunkedArray
@@ -85,6 +86,45 @@ def load_tabular(
         strict=strict,
         problems=problems,
     )
+
+
+def tabular_content(
+    *,
+    items_path: pathlib.Path,
+    item: str,
+    fields: Collection[str],
+    image: str = "",
+    image_folder: pathlib.Path | None = None,
+) -> Content:
+    """What the items of a table are encoded from.
+
+    Args:
+        item: the column of ids.
+        fields: columns that a template names; a list is joined by ", ".
+        image: the column of file names in `image_folder`, with or without ending; "" looks for ID.jpg and the like.
+
+    Raises:
+        ValueError: a file, a folder or a column is missing.
+        ImportError: pyarrow is not installed.
+    """
+    table = read_table(items_path, text={item, *fields, *([image] if image else [])})
+
+    def strings(name: str, ours: str) -> np.ndarray:
+        return read_ids(_joined(_need(table, name, ours, items_path), ", "), ours, items_path).strings()
+
+    raw_id = strings(item, "item")
+    images = no_images(len(raw_id))
+    if image_folder is not None:
+        images = find_images(image_folder, strings(image, "image") if image else raw_id)
+    columns = {}
+    for name in fields:
+        if name not in table.column_names:
+            raise ValueError(
+                f"{items_path}: expected the column {name!r} that features.template names, found "
+                f"{', '.join(table.column_names)}"
+            )
+        columns[name] = strings(name, "text")
+    return Content(raw_id, columns, images)
 
 
 def read_table(path: pathlib.Path, *, text: Collection[str] = ()) -> Table:

@@ -280,6 +280,7 @@ def _nothing(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
 
 DRAWN: dict[str, Callable[[Part, Sequence[tuple[Any, Results]]], Drawn]] = {
     "statistics": _nothing,
+    "features": _nothing,
     "methods": of_methods,
     "variants": of_variants,
     "sparse": of_sparse,

@@ -1,0 +1,316 @@
+"""The stage: items in, one array a modality and a manifest out. It can be stopped, and does nothing twice.
+
+While a modality is encoded, its rows go to a journal beside the results, one record a row with the sum of its bytes.
+What an earlier run left there, or in the results themselves, is used again where the content of the item (its rendered
+text, or the bytes of its image) and the facts of the encoder are the same. So a run that was killed goes on, and after
+a change of some items only these are encoded.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from marsjax import files
+from marsjax.features.images import BrokenImage, read_image
+from marsjax.features.signature import Encoder
+from marsjax.progress import progress
+from marsjax.records import Problem
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+SHOWN = 5  # places that a problem names
+CHUNK = 1024  # rows that are copied at a time
+DTYPES = ("float32", "float16")
+
+
+class Reader(NamedTuple):
+    """How the value of an item (its text, its image file, its id) becomes what an encoder reads."""
+
+    content: Callable[[Any], bytes]  # may raise OSError
+    decode: Callable[[bytes], Any]  # may raise BrokenImage
+
+
+READERS = {
+    "text": Reader(lambda text: text.encode("utf-8", "surrogatepass"), lambda data: data.decode("utf-8", "replace")),
+    "image": Reader(lambda path: path.read_bytes(), read_image),
+}
+
+
+class Made(NamedTuple):
+    """The features of one modality."""
+
+    path: pathlib.Path  # .npz with item_id, embedding, content_sha256 and cut, in the order of the items
+    problems: tuple[Problem, ...]
+
+
+def encode_items(
+    modality: str,
+    raw_id_I: np.ndarray,
+    value_I: Sequence[Any],
+    encoder: Encoder,
+    reader: Reader,
+    *,
+    folder: pathlib.Path,
+    facts: Mapping[str, Any],
+    dtype: str = "float32",
+    strict: bool = False,
+) -> Made:
+    """Encodes the items of one modality into `folder`/MODALITY.npz and tells of it in `folder`/manifest.json.
+
+    An item without a usable vector has no row, and so counts as absent wherever the file is read.
+
+    Args:
+        raw_id_I: [I] str. The first of equal ids counts.
+        value_I: I values for `reader.content`; None or "" is missing.
+        facts: what the manifest says beside the facts of the encoder (the template, ...).
+        dtype: of the vectors in the file, float32 or float16. A number that float16 cannot hold is broken.
+        strict: refuse broken items and repeated ids once all is read; what was encoded stays in the journal.
+
+    Raises:
+        ValueError: `strict` and something is broken, no item has a vector, or another process is at work in `folder`.
+        OSError: the disk is full; what is in the journal stays, and the next run goes on from there.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {**facts, **encoder.facts, "width": encoder.width, "dtype": dtype}
+    record = np.dtype(
+        [("content", "u1", 32), ("cut", "?"), ("row", np.dtype(dtype).newbyteorder("<"), encoder.width), ("sum", "<u4")]
+    )
+    journal = folder / f".{modality}-{files.digest_json(whole)[:12]}.partial"
+    _, first = np.unique(raw_id_I, return_index=True)
+    use = np.sort(first)
+    repeated = np.setdiff1d(np.arange(len(raw_id_I)), use)
+    known = _Known(folder, modality, whole)
+    content: dict[int, bytes] = {}  # item -> sha256 of its content, of items that have a vector
+    broken: dict[str, str] = {}  # id -> reason
+    missing = []
+    with journal.open("a+b") as file:
+        _lock(file, folder)
+        place = _mend(file, record)  # content -> record
+        batch: dict[bytes, tuple[list[int], Any]] = {}
+
+        def flush() -> None:
+            if not batch:
+                return
+            encoded = encoder.encode([value for _, value in batch.values()])
+            with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and broken below
+                row_BF = encoded.row_BF.astype(record["row"].base)
+            good_B = np.isfinite(row_BF).all(axis=1)
+            record_B = np.zeros(int(good_B.sum()), record)
+            at = 0
+            for row, (digest, (items, _)) in enumerate(batch.items()):
+                if not good_B[row]:
+                    broken.update({str(raw_id_I[item]): "no finite vector" for item in items})
+                    continue
+                record_B[at]["content"] = np.frombuffer(digest, np.uint8)
+                record_B[at]["cut"], record_B[at]["row"] = encoded.cut_B[row], row_BF[row]
+                record_B[at]["sum"] = _sum(record_B[at])
+                place[digest] = len(place)
+                content.update(dict.fromkeys(items, digest))
+                at += 1
+            batch.clear()
+            _append(file, record_B.tobytes(), journal)
+
+        with progress(f"{modality} features", len(use)) as advance:
+            for item in map(int, use):
+                value = value_I[item]
+                advance()
+                if value is None or value == "":
+                    missing.append(item)
+                    continue
+                try:
+                    data = reader.content(value)
+                    digest = hashlib.sha256(data).digest()
+                    if digest in known.place or digest in place:
+                        content[item] = digest
+                        continue
+                    if digest in batch:
+                        batch[digest][0].append(item)
+                        continue
+                    batch[digest] = [item], reader.decode(data)
+                except (BrokenImage, OSError) as error:
+                    broken[str(raw_id_I[item])] = str(error)
+                if len(batch) >= encoder.batch:
+                    flush()
+            flush()
+        problems = _problems(modality, raw_id_I, repeated, missing, broken)
+        refused = [problem for problem in problems if strict and problem.action != "kept"]
+        if refused:
+            raise ValueError(
+                f"{modality} features: strict reading refuses "
+                + "; ".join(f"{p.occurrences} x {p.kind} ({', '.join(p.where)})" for p in refused)
+                + ". Mend the items, or go without strict to have them left out"
+            )
+        if not content:
+            raise ValueError(
+                f"{modality} features: expected items that can be encoded, found none among {len(use)} "
+                f"({len(missing)} without {modality}, {len(broken)} broken); look at features.template, "
+                "data.image_folder and the messages before"
+            )
+        file.flush()
+        item_I = sorted(content)
+        digest_I = [content[item] for item in item_I]
+        record_J: Any = np.memmap(journal, record, "r", shape=(len(place),)) if place else np.zeros(0, record)
+        path = folder / f"{modality}.npz"
+        cut_I = _write(path, raw_id_I[item_I], digest_I, record_J, place, known, record["row"])
+    manifest = files.read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    entry = {
+        **whole,
+        "sha256": files.sha256_file(path),
+        "items": len(use),
+        "vectors": len(item_I),
+        "missing": len(missing),
+        "broken": broken,
+        "repeated_ids": len(repeated),
+        "cut": int(cut_I.sum()),
+    }
+    if cut_I.any():
+        where = tuple(f"item {raw_id_I[item]}" for item in np.array(item_I)[cut_I][:SHOWN])
+        problems += (Problem(f"long_{modality}", int(cut_I.sum()), "kept", where),)
+    files.write_json(folder / MANIFEST, {**manifest, modality: entry})
+    for left in folder.glob(f".{modality}-*.partial"):
+        left.unlink()
+    log.info("%s: %d vectors of %d items, %d made anew", path, len(item_I), len(use), len(place))
+    return Made(path, problems)
+
+
+class _Known:
+    """The rows of finished results that may be used again; they stay on disk.
+
+    Attributes:
+        place: sha256 of a content -> its row.
+    """
+
+    def __init__(self, folder: pathlib.Path, modality: str, facts: Mapping[str, Any]):
+        self.place: dict[bytes, int] = {}
+        path = folder / f"{modality}.npz"
+        if not path.exists() or not (folder / MANIFEST).exists():
+            return
+        entry = files.read_json(folder / MANIFEST).get(modality, {})
+        if any(entry.get(name) != value for name, value in facts.items()):
+            log.info("%s was made in another way and is made anew", path)
+            return
+        if entry.get("sha256") != files.sha256_file(path):
+            log.warning("%s does not match its sum in %s and is made anew", path, folder / MANIFEST)
+            return
+        self.row_IF, self.cut_I = _map_array(path, "embedding"), _map_array(path, "cut")
+        self.place = {digest.tobytes(): row for row, digest in enumerate(_map_array(path, "content_sha256"))}
+
+
+def _map_array(path: pathlib.Path, name: str) -> np.ndarray:
+    """An array of an uncompressed .npz, left on disk."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        np.lib.format.read_magic(member)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        skip, start = member.tell(), archive.getinfo(f"{name}.npy").header_offset
+    with path.open("rb") as file:
+        file.seek(start)
+        head = file.read(30)  # of the member: names and extra fields of these lengths follow
+    start += 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+    return np.memmap(path, dtype, "r", start + skip, shape)
+
+
+def _write(
+    path: pathlib.Path,
+    id_I: np.ndarray,
+    digest_I: Sequence[bytes],
+    record_J: np.ndarray,
+    place: Mapping[bytes, int],
+    known: _Known,
+    row: np.dtype,
+) -> np.ndarray:
+    """Writes the result, some rows at a time; returns which items were cut, [I] bool."""
+    row_of = [(place.get(digest, -1), known.place.get(digest, -1)) for digest in digest_I]
+    cut_I = np.array([record_J["cut"][new] if new >= 0 else known.cut_I[old] for new, old in row_of], bool)
+
+    def rows() -> Iterator[bytes]:
+        for start in range(0, len(row_of), CHUNK):
+            chunk = row_of[start : start + CHUNK]
+            yield np.stack([record_J["row"][new] if new >= 0 else known.row_IF[old] for new, old in chunk]).tobytes()
+
+    small = {
+        "item_id": id_I,
+        "content_sha256": np.frombuffer(b"".join(digest_I), np.uint8).reshape(-1, 32),
+        "cut": cut_I,
+    }
+    # ZipFile.open gives every member a date, and the archive would differ from one run to the next: it is fixed here.
+    with files.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in small.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+        with archive.open(zipfile.ZipInfo("embedding.npy"), "w", force_zip64=True) as member:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(row.base),
+                "fortran_order": False,
+                "shape": (len(row_of), *row.shape),
+            }
+            np.lib.format.write_array_header_1_0(member, header)
+            for data in rows():
+                member.write(data)
+    return cut_I
+
+
+def _problems(
+    modality: str, raw_id_I: np.ndarray, repeated: np.ndarray, missing: Sequence[int], broken: Mapping[str, str]
+) -> tuple[Problem, ...]:
+    problems = []
+    if len(repeated):
+        where = tuple(f"row {item + 1}: item {raw_id_I[item]}" for item in repeated[:SHOWN])
+        problems.append(Problem("duplicate_item", len(repeated), "dropped", where))
+    if missing:
+        where = tuple(f"item {raw_id_I[item]}" for item in missing[:SHOWN])
+        problems.append(Problem(f"missing_{modality}", len(missing), "kept", where))
+    if broken:
+        where = tuple(f"item {name}: {reason}" for name, reason in list(broken.items())[:SHOWN])
+        problems.append(Problem(f"broken_{modality}", len(broken), "masked", where))
+    return tuple(problems)
+
+
+def _sum(record: np.void) -> int:
+    """Of all bytes of a record but the sum itself."""
+    return zlib.crc32(record.tobytes()[:-4])
+
+
+def _lock(file: BinaryIO, folder: pathlib.Path) -> None:
+    """Holds the journal; the lock goes with the process, however that ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{folder}: expected to be alone, found another process encoding the same; wait for it"
+        ) from error
+    except OSError as error:  # some network disks have no locks
+        log.warning("%s cannot be locked (%s): let no other process write there", folder, error)
+
+
+def _mend(file: BinaryIO, record: np.dtype) -> dict[bytes, int]:
+    """Content -> record of what an earlier run left; cuts the journal before the first record that is not whole."""
+    place: dict[bytes, int] = {}
+    file.seek(0)
+    while len(data := file.read(record.itemsize)) == record.itemsize:
+        (one,) = np.frombuffer(data, record)
+        if one["sum"] != _sum(one):
+            break
+        place[one["content"].tobytes()] = len(place)
+    file.truncate(len(place) * record.itemsize)
+    return place
+
+
+def _append(file: BinaryIO, data: bytes, path: pathlib.Path) -> None:
+    try:
+        file.write(data)
+        file.flush()
+    except OSError as error:
+        if files.is_full(error):
+            raise files.explain(error, path) from error
+        raise

@@ -1,0 +1,208 @@
+"""The stage from a user's files to a data set: what is encoded is what the models read."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from marsjax import main, pipeline
+from marsjax.configuration import load_config
+from marsjax.data.permutation import permute_features
+from marsjax.data.synthetic import latent_items, make_synthetic
+from marsjax.evaluation import features_page
+from marsjax.features.encoders import IMAGE_ENCODERS, TEXT_ENCODERS
+
+ROOT = pathlib.Path(__file__).parent.parent
+COLOURS = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
+WITHOUT_WEIGHTS = {"features.text": "tfidf", "features.image": "colour"}
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch):
+    """A folder as docs/features.md says: mine.py, items.csv, images/ and events.csv of 30 items and 60 users."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    lines = ["item,title,description"]
+    for number in range(30):
+        name = list(COLOURS)[number % 3]
+        lines.append(f'p{number},{name} thing,"the {name} one, number {number % 5}"')
+        if number != 4:  # one has no image
+            PIL.Image.new("RGB", (20, 30), COLOURS[name]).save(tmp_path / "images" / f"p{number}.png")
+    (tmp_path / "items.csv").write_text("\n".join(lines) + "\n")
+    events = ["user,item,label,time"]
+    for user in range(60):
+        likes, count = user % 3, 5 if user < 40 else 20
+        for step, number in enumerate(rng.permutation(30)[:count]):
+            events.append(f"u{user},p{number},{int(number % 3 == likes)},{1000 * step + user}")
+    (tmp_path / "events.csv").write_text("\n".join(events) + "\n")
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "features.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def configured(**changes):
+    return load_config("mine.py", WITHOUT_WEIGHTS | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_the_page_of_the_documentation_works(shop, capsys):
+    """Its commands, in its order, with the encoders that need no weights and a small model."""
+    text = (ROOT / "docs" / "features.md").read_text()
+    commands = [line.split()[1:] for line in text.splitlines() if line.startswith("    marsjax ") and "mine.py" in line]
+    assert [words[0] for words in commands] == ["features", "augment", "reproduce"]
+    small = ["--config.training.sharding=single", "--config.alignment.history=8", "--config.alignment.stein_items=16"]
+    small += ["--config.alignment.width=16", "--config.alignment.id_width=8", "--config.features.text_width=8"]
+    small += [f"--config.{key}={value}" for key, value in WITHOUT_WEIGHTS.items()]
+    for words in commands:
+        assert main.main([*words, *small]) == 0
+    folder = shop / "runs" / "mine"
+    assert sorted(path.name for path in (folder / "features").iterdir()) == ["image.npz", "manifest.json", "text.npz"]
+    told = json.loads((folder / "features" / "manifest.json").read_text())
+    assert (told["text"]["encoder"], told["text"]["vectors"], told["text"]["template"]) == (
+        "tfidf",
+        30,
+        "{title}. {description}",
+    )
+    assert (told["image"]["encoder"], told["image"]["vectors"], told["image"]["missing"]) == ("colour", 29, 1)
+    assert (folder / "borrowed.parquet").stat().st_size > 0
+    html = (folder / "report.html").read_text()
+    assert "data:image/png;base64," in html
+    assert "modality_gap" in html
+    assert "kept of" in capsys.readouterr().out
+
+
+def test_every_encoder_is_in_the_documentation():
+    text = (ROOT / "docs" / "features.md").read_text()
+    assert [name for name in (*TEXT_ENCODERS, *IMAGE_ENCODERS) if f"| `{name}` |" not in text] == []
+
+
+def test_what_was_encoded_is_what_the_models_read(shop):
+    dataset = pipeline.read(configured(), shop / "run")
+    with np.load(shop / "run" / "features" / "text.npz") as made:
+        vector_of = dict(zip(made["item_id"], made["embedding"], strict=True))
+    feature_NF, present_N = dataset.items.modalities["text"]
+    assert present_N[1:].all()
+    for name, row_F in zip(dataset.items.raw_id_N[1:], feature_NF[1:], strict=True):
+        np.testing.assert_array_equal(row_F, vector_of[name])
+    lacking = dataset.items.raw_id_N[1:][~dataset.items.modalities["image"].present_N[1:]]
+    assert list(lacking) == ["p4"]
+
+
+def test_a_changed_item_alone_is_encoded_again(shop, caplog):
+    with caplog.at_level("INFO"):
+        pipeline.read(configured(), shop / "run")
+        PIL.Image.new("RGB", (20, 30), "white").save(shop / "images" / "p7.png")
+        pipeline.read(configured(), shop / "run")
+    made = [
+        re.findall(r"(image)\.npz: (\d+) vectors of 30 items, (\d+) made anew", message) for message in caplog.messages
+    ]
+    # The images of a colour are one image, and encoded once.
+    assert [found for (found,) in filter(None, made)] == [
+        ("image", "29", "3"), ("image", "29", "1"),
+    ]  # fmt: skip
+
+
+def test_a_bad_image_is_masked_and_strict_refuses_it(shop, capsys):
+    (shop / "images" / "p9.png").write_bytes(b"nothing")
+    assert (
+        main.main(
+            [
+                "features",
+                "--config=mine.py",
+                "--workdir=run",
+                *(f"--config.{k}={v}" for k, v in WITHOUT_WEIGHTS.items()),
+            ]
+        )
+        == 0
+    )
+    assert "p9" in json.loads((shop / "run" / "features" / "manifest.json").read_text())["image"]["broken"]
+    words = ["features", "--config=mine.py", "--strict", *(f"--config.{k}={v}" for k, v in WITHOUT_WEIGHTS.items())]
+    assert main.main(words) == 1
+    assert "strict reading refuses 1 x broken_image (item p9: UnidentifiedImageError" in capsys.readouterr().err
+
+
+def test_vectors_of_the_user_are_an_encoder(shop):
+    np.savez(shop / "mine.npz", id=[f"p{n}" for n in range(20)], embedding=np.eye(20, 5))
+    config = configured(features__text="precomputed", features__text_file="mine.npz")
+    feature_NF, present_N = pipeline.read(config, shop / "run").items.modalities["text"]
+    assert (feature_NF.shape[1], int(present_N.sum())) == (5, 20)
+    told = json.loads((shop / "run" / "features" / "manifest.json").read_text())["text"]
+    assert (told["encoder"], told["file"], len(told["broken"])) == ("precomputed", "mine.npz", 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"features__template": "{titel}"},
+            "expected the column 'titel' that features.template names, found item, title",
+        ),
+        ({"data__items_file": ""}, "features: expected data.items_file with one row an item, found none"),
+        ({"data__image_folder": ""}, "features.image: expected data.image_folder, found none"),
+        ({"features__text": "", "features__image": ""}, "expected features.text .one of llama, minilm, tfidf"),
+        ({"data__text_features": "x.npz"}, "expected an encoder or data.text_features, found tfidf and x.npz"),
+        ({"features__text": "bert"}, "config.features.text expects one of .*tfidf, got 'bert'"),
+        ({"features__text": "precomputed"}, "precomputed: expected a file of vectors"),
+        ({"features__dtype": "int8"}, "config.features.dtype expects one of float16, float32, got 'int8'"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(shop, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.features(configured(**changes), shop / "run")
+
+
+def test_encoding_needs_a_folder(shop):
+    with pytest.raises(ValueError, match="expected a workdir"):
+        pipeline.load(configured())
+
+
+# --- planted items --------------------------------------------------------------------------------------------------
+
+SMALL = {"n_items": 120, "n_topics": 6, "n_users": 60, "n_types": 6, "topics_per_type": 2, "high_events": (20, 30)}
+
+
+def test_the_drawings_show_what_is_planted(tmp_path):
+    """Items of one topic have similar texts and images, so the encoders find the topic."""
+    changes = {
+        f"data.synthetic.{name}": ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in SMALL.items()
+    }
+    config = load_config("configs/synthetic.py:drawn", changes)
+    dataset = pipeline.read(config, tmp_path)
+    topic_I = np.array([int(title.split()[-1]) for title in dataset.items.title_N[1:]])
+    member_NC = np.concatenate([np.zeros((1, 6), bool), topic_I[:, None] == np.arange(6)])
+    for feature_NF, present_N in dataset.items.modalities.values():
+        near, random = features_page.shared_category(
+            features_page.cosines(feature_NF, present_N), present_N, member_NC, seed=0
+        )
+        assert near > 0.8 > 0.3 > random
+        assert 0.9 < present_N[1:].mean() < 1
+    again = pipeline.read(config, tmp_path / "again")
+    assert dataset.fingerprint == again.fingerprint
+
+
+def test_drawings_are_of_the_items_that_are_planted():
+    """The latent vectors are those behind the features that `make_synthetic` draws: without noise, a linear map."""
+    options = {"n_items": 80, "n_users": 30, "feature_noise": 0.0, "missing": 0.0, "feature_width": 60, "seed": 3}
+    dataset = make_synthetic(**options)
+    defaults = load_config("configs/synthetic.py", {}).data.synthetic
+    raw_id_I, item_ID = latent_items(**{**defaults, **options})
+    assert set(dataset.items.raw_id_N[1:]) <= set(raw_id_I)
+    at = np.searchsorted(raw_id_I, dataset.items.raw_id_N[1:])
+    seen = np.arctanh(dataset.items.modalities["text"].feature_NF[1:].astype(np.float64).clip(-0.999999, 0.999999))
+    fitted = item_ID[at] @ np.linalg.lstsq(item_ID[at], seen, rcond=None)[0]
+    assert np.abs(fitted - seen).max() < 1e-2
+
+
+def test_permuted_features_are_those_of_other_items_that_have_some():
+    dataset = make_synthetic(n_items=60, n_users=40, missing=0.2)
+    permuted = permute_features(dataset, seed=0)
+    assert permuted.fingerprint != dataset.fingerprint
+    for name, (feature_NF, present_N) in dataset.items.modalities.items():
+        other_NF, other_N = permuted.items.modalities[name]
+        np.testing.assert_array_equal(other_N, present_N)
+        assert {row.tobytes() for row in other_NF[present_N]} == {row.tobytes() for row in feature_NF[present_N]}
+        assert (other_NF[present_N] != feature_NF[present_N]).any(axis=1).mean() > 0.8
+        assert not other_NF[~present_N].any()
