@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from marsjax import alignment, embeddings, files, retrieval, study
 from marsjax.augmentation import baselines, mars, posterior, table, votes
 from marsjax.augmentation.donors import find_donors
-from marsjax.augmentation.methods import METHODS, Offer, Treatment
+from marsjax.augmentation.methods import METHODS, Offer, Treatment, opinions
 from marsjax.augmentation.operators import Mode
 from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import check_choices, fingerprint, override, to_json
@@ -54,6 +54,7 @@ from marsjax.records import (
     Rows,
 )
 from marsjax.serving import bundle as serving
+from marsjax.serving import lending, scoring
 from marsjax.serving.requests import read_requests, write_scores
 from marsjax.stages import Stages
 from marsjax.training import checkpoint, loop
@@ -248,15 +249,17 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
     donation = augment_stage(context, space, vectors)
     trained = train_stage(context, donation, config.export.method)
     augmentation = treat(context, donation, config.export.method).augmentation
-    donor_PD = vectors.user_UD[donation.donors.user_P]
-    centre_D = centre_of(config, donor_PD)
     dataset, rows = context.loaded.dataset, context.loaded.rows
+    low_U = (rows.group_U == LOW) & (rows.train_length_U > 0)
     serving.write_bundle(
         output,
         config=to_json(config),
-        blanked={
+        lends={
+            "method": config.export.method,
             "time_safe": augmentation is not None and augmentation.time_safe,
             "drop_target": augmentation is not None and augmentation.drop_target,
+            "live": METHODS[config.export.method].live,
+            "longest": int((rows.histories.train_end_U - rows.histories.start_U1[:-1])[low_U].max(initial=0)),
         },
         counts=counts(context.loaded, config.export.method),
         users=serving.latest_users(dataset.log, rows, augmentation, vectors.user_UD),
@@ -267,11 +270,8 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             item_ND=vectors.item_ND,
         ),
         ctr={"params": trained.params, "statistics": trained.statistics},
-        alignment=space.params,
-        donors=donation.donors._asdict() | {"centre_D": centre_D},
-        write_index=lambda folder: retrieval.save_index(
-            retrieval.build_index(donor_PD - centre_D, donation.donors.user_P), folder
-        ),
+        space=serving.Encoder(space.encoder, space.params, space.tables),
+        lenders=lenders_of(context, space, vectors, donation.donors),
     )
     say(
         f"bundle of {config.export.method}, seed {context.seed}: {output}; score with `marsjax score --bundle={output}`"
@@ -285,7 +285,7 @@ def score(*, bundle: pathlib.Path | None, requests: pathlib.Path | None, output:
         raise ValueError(f"score: expected --bundle=DIR and --requests=FILE, found no {' and no '.join(missing)}")
     asked = read_requests(requests)
     output = output or requests.with_suffix(".scores.jsonl")
-    write_scores(output, asked, serving.score(serving.load_bundle(bundle), asked))
+    write_scores(output, asked, scoring.score(serving.load_bundle(bundle), asked))
     say(f"{len(asked)} requests scored: {output}")
 
 
@@ -420,16 +420,7 @@ def align_stage(context: Context) -> Space:
     config, loaded, stages, seed = context
     cfg = config.alignment
     tables = jax.device_put(alignment.feature_tables(loaded.dataset.items, tuple(cfg.modalities)))
-    encoder = alignment.MultimodalEncoder(
-        n_items=len(loaded.dataset.items.raw_id_N),
-        modalities=tuple(cfg.modalities),
-        id_width=cfg.id_width,
-        width=cfg.width,
-        hidden=cfg.hidden,
-        normalise=cfg.normalise,
-        residual=cfg.residual,
-        keep_values=cfg.keep_values,
-    )
+    encoder = alignment.make_encoder(to_json(cfg), n_items=len(loaded.dataset.items.raw_id_N))
     settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
     sign = alignment.ENTROPY_SIGNS[cfg.entropy_sign]
     weights = alignment.AlignmentLoss(cfg.beta, cfg.lambda_, sign, cfg.eta, cfg.estimator, cfg.objective)
@@ -873,6 +864,33 @@ SOURCES = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular
 def centre_of(config: ConfigDict, donor_PD: np.ndarray) -> np.ndarray:
     """What is subtracted from users and items before a cosine: the donors' mean, or nothing (the literal Eq. 15)."""
     return donor_PD.mean(axis=0) if config.retrieval.centre else np.zeros(donor_PD.shape[1], np.float32)
+
+
+def lenders_of(context: Context, space: Space, vectors: Embeddings, donors: Donors) -> lending.Lenders:
+    """The donors as a service needs them, with all that it looks up anew."""
+    config, rows = context.config, context.loaded.rows
+    donor_PD = vectors.user_UD[donors.user_P]
+    centre_D = centre_of(config, donor_PD)
+    vector_PLD = None
+    if config.augmentation.vectors == "contextual":
+        vector_PLD = embeddings.contextual_vectors(space.encoder, space.params, space.tables, donors.item_PL)
+    width = donors.item_PL.shape[1]
+    lent = Borrowed(
+        start_Q1=np.arange(len(donors.user_P) + 1) * width,
+        item_S=donors.item_PL.ravel(),
+        time_S=donors.time_PL.ravel(),
+        donor_S=np.repeat(donors.user_P, width),
+        similarity_S=np.zeros(donors.item_PL.size, np.float32),
+    )
+    mark_S = opinions(context.loaded.dataset.log, rows, lent, n_items=len(vectors.item_ND))
+    return lending.Lenders(
+        donors=donors,
+        mark_PL=mark_S.reshape(donors.item_PL.shape),
+        centre_D=centre_D,
+        vector_PLD=vector_PLD,
+        item_ND=vectors.item_ND,
+        index=retrieval.build_index(donor_PD - centre_D, donors.user_P),
+    )
 
 
 def predictions_of(

@@ -29,7 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "augmentation": {"data.histories", "progress"},
     "ctr": {"training.optimizer", "training.sharding", "training.step"},
     "evaluation": set(),
-    "serving": {"ctr", "training.checkpoint"},
+    # Answers requests with what trained the model: it comes after all of these.
+    "serving": {
+        "alignment", "augmentation.mars", "ctr", "data.histories", "embeddings", "evaluation.page", "retrieval", "training",
+    },
     "provenance": set(),
     "stages": {"provenance"},
     "configuration": set(),
@@ -50,7 +53,7 @@ ONLY_IN = {
     "ml_collections": {"main.py", "pipeline.py", "configuration.py", "defaults.py"},
 }
 CORE = {"jax", "flax", "optax", "numpy", "scipy", "rich", "absl", *ONLY_IN}
-EXTRAS = {"pyarrow", "tensorboardX"}  # may be missing, so imported inside the function that uses them
+EXTRAS = {"pyarrow", "tensorboardX", "flatbuffers"}  # may be missing, so imported inside the function that uses them
 
 
 class Import(NamedTuple):

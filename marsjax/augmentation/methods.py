@@ -200,6 +200,7 @@ class Method(NamedTuple):
     borrows: bool = True  # reads what MARS does, its vectors, donors or budget
     baseline: bool = False  # reads `Offer.baselines`
     posterior: bool = False  # reads `Offer.posterior`
+    live: bool = False  # lends what MARS looks up, so a service can look it up anew
     offline: bool = False  # needs of a row what a bundle does not hold
 
 
@@ -218,9 +219,9 @@ METHODS: dict[str, Method] = {
     "base": Method(base, borrows=False),
     "random_donor": Method(random_donor),
     "popular_items": Method(popular_items),
-    "mars": Method(mars),
-    "mars_time_safe": Method(mars_time_safe),
-    "mars_without_target": Method(mars_without_target),
+    "mars": Method(mars, live=True),
+    "mars_time_safe": Method(mars_time_safe, live=True),
+    "mars_without_target": Method(mars_without_target, live=True),
     "mars_vote": Method(mars_vote, numbers=2, offline=True),
     "mars_vote_time_safe": Method(mars_vote_time_safe, numbers=2, offline=True),
     "mars_vote_and_items": Method(mars_vote_and_items, numbers=2, offline=True),
