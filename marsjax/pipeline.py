@@ -7,7 +7,9 @@ import functools
 import logging
 import math
 import pathlib
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
@@ -54,7 +56,9 @@ from marsjax.records import (
     Rows,
 )
 from marsjax.serving import bundle as serving
-from marsjax.serving import lending, scoring
+from marsjax.serving import continuation, lending, scoring, versions
+from marsjax.serving import runner as offline
+from marsjax.serving import storage as storing
 from marsjax.serving.requests import read_requests, write_scores
 from marsjax.stages import Stages
 from marsjax.training import checkpoint, loop
@@ -287,6 +291,67 @@ def score(*, bundle: pathlib.Path | None, requests: pathlib.Path | None, output:
     output = output or requests.with_suffix(".scores.jsonl")
     write_scores(output, asked, scoring.score(serving.load_bundle(bundle), asked))
     say(f"{len(asked)} requests scored: {output}")
+
+
+def publish(config: ConfigDict, *, bundle: pathlib.Path | None, root: pathlib.Path | None) -> None:
+    """Makes a bundle the one that is served."""
+    bundle, root = _given("publish", bundle=bundle, root=root)
+    version = versions.publish(root, bundle, keep=config.serving.keep)
+    say(f"{version} is served from {root}")
+
+
+def rollback(config: ConfigDict, *, root: pathlib.Path | None) -> None:
+    """Makes the version before the one that is served."""
+    (root,) = _given("rollback", root=root)
+    say(f"{versions.rollback(root)} is served from {root}")
+
+
+def serve(config: ConfigDict, *, root: pathlib.Path | None) -> None:
+    """Answers requests over HTTP until it is stopped."""
+    (root,) = _given("serve", root=root)
+    try:
+        from marsjax.serving import service
+    except ImportError as error:
+        raise ImportError(f"marsjax serve needs the extra `serve`: pip install marsjax[serve] ({error})") from error
+    cfg = config.serving
+    settings = service.Settings(
+        root=root,
+        host=cfg.host,
+        port=cfg.port,
+        deadline=cfg.deadline_ms / 1000,
+        store_deadline=cfg.store_deadline_ms / 1000,
+        poll=cfg.poll_seconds,
+        most_candidates=cfg.most_candidates,
+        most_bytes=cfg.most_bytes,
+        rate=cfg.rate,
+        image_folder=cfg.image_folder,
+        augment=cfg.augment,
+        live=cfg.live,
+        cache=cfg.cache,
+    )
+    service.run(settings, _storage(config, root, timeout=max(settings.store_deadline, 0.001), writes=True))
+
+
+def runner(config: ConfigDict, *, root: pathlib.Path | None) -> None:
+    """Takes events into histories, vectors, donors and the model until it is stopped."""
+    (root,) = _given("runner", root=root)
+    cfg, stop = config.serving, threading.Event()
+    settings = offline.Settings(
+        root=root,
+        batch=cfg.batch,
+        lenders_seconds=cfg.lenders_seconds,
+        rebuild_hour=cfg.rebuild_hour,
+        train_seconds=cfg.train_seconds,
+        training=continuation.Settings(least_events=cfg.train_events, rate=cfg.train_rate, margin=cfg.margin),
+        keep=cfg.keep,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    storage = _storage(config, root, timeout=5.0)
+    try:
+        offline.run(settings, storage, stop)
+    finally:
+        storage.close()
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -858,6 +923,22 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
     return tuple(out)
 
 
+def _given(command: str, **paths: pathlib.Path | None) -> tuple[pathlib.Path, ...]:
+    """The flags of a command, all of which must be given."""
+    missing = [f"--{name}" for name, path in paths.items() if path is None]
+    if missing:
+        needed = " and ".join(f"--{name}=DIR" for name in paths)
+        raise ValueError(f"{command}: expected {needed}, found no {' and no '.join(missing)}")
+    return tuple(path for path in paths.values() if path is not None)
+
+
+def _storage(config: ConfigDict, root: pathlib.Path, *, timeout: float, writes: bool = False) -> storing.Storage:
+    url = config.serving.storage or f"sqlite:{root / 'storage.sqlite'}"
+    # A writer of SQLite may have to wait for another one; a reader never does.
+    timeout = max(timeout, 5.0) if writes and url.startswith("sqlite:") else timeout
+    return storing.open_storage(url, timeout=timeout, ttl=config.serving.ttl_days * 86400)
+
+
 SOURCES = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}
 
 
@@ -889,7 +970,7 @@ def lenders_of(context: Context, space: Space, vectors: Embeddings, donors: Dono
         centre_D=centre_D,
         vector_PLD=vector_PLD,
         item_ND=vectors.item_ND,
-        index=retrieval.build_index(donor_PD - centre_D, donors.user_P),
+        user_index=retrieval.build_index(donor_PD - centre_D, donors.user_P),
     )
 
 

@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": set(),
     # Answers requests with what trained the model: it comes after all of these.
     "serving": {
-        "alignment", "augmentation.mars", "ctr", "data.histories", "embeddings", "evaluation.page", "retrieval", "training",
+        "alignment", "augmentation.mars", "ctr", "data.histories", "embeddings", "evaluation.page", "retrieval",
+        "training",
     },
     "provenance": set(),
     "stages": {"provenance"},
@@ -42,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "alignment", "augmentation", "configuration", "ctr", "data", "embeddings", "evaluation", "features", "progress",
         "provenance", "retrieval", "serving", "stages", "study", "training",
     },
-    "main": {"allocator", "configuration"},  # and the pipeline, by importlib once the flags are read
+    "main": {"allocator", "configuration", "defaults"},  # and the pipeline, by importlib once the flags are read
 }  # fmt: skip
 
 # Packages that only the files behind which they are hidden may import.

@@ -27,7 +27,7 @@ class Lenders(NamedTuple):
     centre_D: np.ndarray  # [D] float32, subtracted before a cosine
     vector_PLD: np.ndarray | None  # [P, L, D] float32, items in the donors' histories; None: static ones are read
     item_ND: np.ndarray  # [N, D] float32, static vectors
-    index: retrieval.UserIndex  # over the donors' vectors, less the centre
+    user_index: retrieval.UserIndex  # over the donors' vectors, less the centre
 
 
 class Lent(NamedTuple):
@@ -50,7 +50,7 @@ def find_candidates(lenders: Lenders, config: Mapping[str, Any], user_QD: np.nda
     retrieving, lending = config["retrieval"], config["augmentation"]
     moved_QD = np.where(user_QD.any(axis=1, keepdims=True), user_QD - lenders.centre_D, 0.0)
     k = max(min(int(retrieving["donors"]), len(lenders.donors.user_P)), 1)
-    index = lenders.index
+    index = lenders.user_index
     if retrieving["backend"] == "exact":
         neighbours = retrieval.exact_search(moved_QD, index.unit_PD, index.user_P, k=k)
     else:
@@ -80,7 +80,7 @@ def lend(lenders: Lenders, config: Mapping[str, Any], user_QD: np.ndarray) -> li
     """What each of the users borrows, Eqs. 15-18."""
     if not len(user_QD):
         return []
-    if not len(lenders.index.user_P):
+    if not len(lenders.user_index.user_P):
         return [NOTHING] * len(user_QD)
     borrowed = mars.kept_items(find_candidates(lenders, config, user_QD))
     position_S = np.searchsorted(lenders.donors.user_P, borrowed.donor_S)
@@ -97,12 +97,10 @@ def write_lenders(folder: pathlib.Path, lenders: Lenders) -> None:
 
     Raises OSError where the disk is full.
     """
-    files.write_arrays(
-        folder / DONORS, **lenders.donors._asdict(), mark_PL=lenders.mark_PL, centre_D=lenders.centre_D
-    )
+    files.write_arrays(folder / DONORS, **lenders.donors._asdict(), mark_PL=lenders.mark_PL, centre_D=lenders.centre_D)
     if lenders.vector_PLD is not None:
         files.write_array(folder / VECTORS, lenders.vector_PLD)
-    retrieval.save_index(lenders.index, folder / INDEX)
+    retrieval.save_index(lenders.user_index, folder / INDEX)
 
 
 def read_lenders(folder: pathlib.Path, item_ND: np.ndarray) -> Lenders:

@@ -42,6 +42,7 @@ class Row(NamedTuple):
     profile: Profile
     target_C: np.ndarray  # [C] int32, items to score; 0: an item that the bundle does not know
     time: int | None = None  # blanks what donors met later, where the method does so
+    label_C: np.ndarray | None = None  # [C] float32, where the row is trained on
 
 
 def own_history(bundle: Bundle, user: int) -> tuple[np.ndarray, np.ndarray]:
@@ -106,14 +107,13 @@ def lengths(bundle: Bundle) -> tuple[int, ...]:
 def score_rows(bundle: Bundle, rows: Sequence[Row]) -> list[np.ndarray]:
     """Click probabilities [C] float32 of each row's items. Rows of about one length share batches of a few shapes."""
     bounds = lengths(bundle)
-    history_X = [history(bundle, row) for row in rows]
-    length_X = np.array([len(item_L) for item_L, _, _ in history_X], np.int64)
+    length_X = np.array([len(history(bundle, row)[0]) for row in rows], np.int64)
     bucket_X = np.searchsorted(bounds, length_X)
     out = [np.zeros(len(row.target_C), np.float32) for row in rows]
     for bucket in np.unique(bucket_X):
-        member_X = np.flatnonzero(bucket_X == bucket)
+        member_X = np.flatnonzero(bucket_X == bucket).tolist()
         count_X = np.array([len(rows[x].target_C) for x in member_X])
-        batches = _batches(bundle, [rows[x] for x in member_X], [history_X[x] for x in member_X], int(bounds[bucket]))
+        batches = make_batches(bundle, [rows[x] for x in member_X], int(bounds[bucket]))
         score_B = objective.score(bundle.model, bundle.params, bundle.statistics, bundle.tables, batches)
         for x, part_C in zip(member_X, np.split(score_B, np.cumsum(count_X)[:-1]), strict=True):
             out[x] = part_C
@@ -134,16 +134,17 @@ def history(bundle: Bundle, row: Row) -> tuple[np.ndarray, np.ndarray, int]:
     return np.concatenate([item_S, item_L]), np.concatenate([mark_S, mark_L]), extra
 
 
-def _batches(
-    bundle: Bundle, rows: Sequence[Row], histories: Sequence[tuple[np.ndarray, np.ndarray, int]], length: int
-) -> Iterator[CtrBatch]:
+def make_batches(bundle: Bundle, rows: Sequence[Row], length: int) -> Iterator[CtrBatch]:
+    """The rows' items as batches of histories of `length`, which must hold all of them, in order."""
     history_XL, mark_XL = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int8)
     borrowed_XL = np.zeros((len(rows), length), bool)
-    for x, (item_L, mark_L, extra) in enumerate(histories):
+    for x, row in enumerate(rows):
+        item_L, mark_L, extra = history(bundle, row)
         history_XL[x, : len(item_L)], mark_XL[x, : len(item_L)] = item_L, mark_L
         borrowed_XL[x, :extra] = item_L[:extra] > 0
     row_B = np.repeat(np.arange(len(rows)), [len(row.target_C) for row in rows])
     target_B = np.concatenate([row.target_C for row in rows]).astype(np.int32)
+    label_B = np.concatenate([np.zeros(len(row.target_C)) if row.label_C is None else row.label_C for row in rows])
     user_B = np.array([row.profile.user for row in rows], np.int32)[row_B] + 1
     marked = bundle.manifest["config"]["ctr"]["inputs"] == "strong"
     for begin in range(0, len(row_B), SIZES[-1]):
@@ -155,7 +156,7 @@ def _batches(
             history_BL, borrowed_BL = np.where(same_BL, 0, history_BL), borrowed_BL & ~same_BL
         size = SIZES[int(np.searchsorted(SIZES, n))]
         values = (
-            user_B[part], target_B[part], np.zeros(n, np.float32), np.ones(n, np.float32), history_BL, borrowed_BL,
+            user_B[part], target_B[part], label_B[part].astype(np.float32), np.ones(n, np.float32), history_BL, borrowed_BL,
             mark_XL[at_B] * (history_BL > 0) if marked else None,
         )  # fmt: skip
         yield CtrBatch(*(None if value is None else _padded(value, size) for value in values))
