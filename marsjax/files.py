@@ -50,16 +50,13 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
 
 
 def copy_file(source: pathlib.Path, path: pathlib.Path) -> None:
-    """Copies a file that never changes; a second name for it where the file system can.
+    """Copies a file; one that was copied is a file of its own.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, path)
-    except OSError:
-        shutil.copyfile(source, path)
+    shutil.copyfile(source, path)
 
 
 @contextlib.contextmanager

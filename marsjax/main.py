@@ -50,13 +50,16 @@ COMMANDS = {
                      "Needs no configuration: the bundle holds the one it was trained with.",
                      ("bundle", "requests", "output"), False),
     "publish": Command("make a bundle the one that is served from --root",
-                       "Copies it into --root, points to it and removes old versions.", ("bundle", "root"), serves=True),
-    "rollback": Command("serve the version again that was served before", "Nothing is removed.", ("root",), serves=True),
+                       "Copies it into --root, points to it and removes old versions.", ("bundle", "root"),
+                       serves=True),
+    "rollback": Command("serve the version again that was served before", "Nothing is removed.", ("root",),
+                        serves=True),
     "serve": Command("answer requests over HTTP with what --root serves",
                      "POST /v1/score, /v1/augment, /v1/events; GET /healthz, /readyz, /metrics, /explain, "
                      "/openapi.json. Follows what is published without a restart.", ("root",), serves=True),
     "runner": Command("take events into histories, user vectors, donors and the model",
-                      "Beside `marsjax serve`, with the same --root and config.serving.storage.", ("root",), serves=True),
+                      "Beside `marsjax serve`, with the same --root and config.serving.storage.", ("root",),
+                      serves=True),
 }
 # fmt: on
 FLAG_HELP = {

@@ -329,7 +329,8 @@ def serve(config: ConfigDict, *, root: pathlib.Path | None) -> None:
         live=cfg.live,
         cache=cfg.cache,
     )
-    service.run(settings, _storage(config, root, timeout=max(settings.store_deadline, 0.001), writes=True))
+    storage = _storage(config, root, timeout=max(settings.store_deadline, 0.001), writes=True)
+    service.make_server(settings, storage).run()
 
 
 def runner(config: ConfigDict, *, root: pathlib.Path | None) -> None:

@@ -65,8 +65,10 @@ def make_rows(
     *,
     embed: Callable[[Sequence[Sequence[Entry]]], np.ndarray],
 ) -> list[scoring.Row]:
-    """Rows of events on items that the bundle knows, each with what its user had done before, and what the user borrowed
-    then: looked up with the history before the event, for a donor found with later ones has seen the label."""
+    """Rows of events on items that the bundle knows, each with what its user had done before and borrowed then.
+
+    Donors are looked up with the history before the event: one found with later events has seen the label.
+    """
     known_X = item_numbers(bundle, [event.item for event in events]) > 0
     events = [event for event, known in zip(events, known_X, strict=True) if known]
     users = list(dict.fromkeys(event.user for event in events))

@@ -1,6 +1,6 @@
-"""What a user borrows, looked up anew: the donors of a bundle with their index, and Eqs. 15-18 for vectors of users.
+"""What a user borrows, looked up anew: a bundle's donors with their index, and Eqs. 15-18 for vectors of users.
 
-Retrieval and filtering are `retrieval.search` and `mars.borrow`, which made the training data: nothing is written twice.
+Retrieval and filtering are `retrieval.search` and `mars.borrow`, which made the training data.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def export_scoring(
 ) -> bytes:
     """The function (leaves, tables, batch) -> probabilities [B] float32, for any B and L, serialised.
 
-    The three are dictionaries: parameters and statistics by their paths, as `checkpoint.load_params` gives them without a
-    template; `category` [N, G] and, with content, `feature` [N, F]; `user` [B], `target` [B], `history` [B, L],
+    The three are dictionaries: parameters and statistics by their paths, as `checkpoint.load_params` gives them without
+    a template; `category` [N, G] and, with content, `feature` [N, F]; `user` [B], `target` [B], `history` [B, L],
     `borrowed` [B, L] and, where the model reads them, `feedback` [B, L] and `dense` [B, J].
     """
     paths, structure = jax.tree_util.tree_flatten_with_path({"params": params, "statistics": statistics})

@@ -88,7 +88,7 @@ class RedisStorage:
         names = list(times)[: 1 if max(times.values()) >= ALONE else count]
         # Claiming counts as a delivery; reading them once more would not.
         claimed: Any = self._redis.xclaim(STREAM, group, self._consumer, 0, names)
-        found = {name: data for name, data in _pairs([[STREAM, claimed]])}
+        found = dict(_pairs([[STREAM, claimed]]))
         lost = [name for name in names if name not in found]  # trimmed by somebody else
         if lost:
             self._redis.xack(STREAM, group, *lost)
@@ -140,7 +140,8 @@ class RedisStorage:
 
     def histories(self, users: Sequence[str]) -> list[bytes | None]:
         with _answering():
-            return list(self._redis.mget([HISTORY + user for user in users])) if users else []
+            found: Any = self._redis.mget([HISTORY + user for user in users]) if users else []
+            return list(found)
 
     def changed(self, count: int) -> list[Changed]:
         with _answering():
@@ -190,7 +191,7 @@ class RedisStorage:
         with _answering():
             for found in self._redis.xinfo_groups(STREAM) if self._redis.exists(STREAM) else []:
                 if found["name"].decode() == group:
-                    after = self._redis.xrange(STREAM, min="(" + found["last-delivered-id"].decode())
+                    after: Any = self._redis.xrange(STREAM, min="(" + found["last-delivered-id"].decode())
                     return int(found["pending"]) + (len(after) if found.get("lag") is None else int(found["lag"]))
             return int(self._redis.xlen(STREAM))
 

@@ -4,6 +4,7 @@ that is built anew and swapped, and a training that goes on."""
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import pathlib
 import threading
@@ -218,7 +219,7 @@ def run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
             if due and found < settings.batch:
                 continuation.continue_training(
                     settings.root, storage, model.version, model.bundle, settings.training,
-                    embed=lambda histories, model=model: embed_histories(model.bundle, model.encoder, histories),
+                    embed=functools.partial(embed_histories, model.bundle, model.encoder),
                     keep=settings.keep,
                 )  # fmt: skip
                 trained_at = time.monotonic()

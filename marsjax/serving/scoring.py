@@ -156,8 +156,8 @@ def make_batches(bundle: Bundle, rows: Sequence[Row], length: int) -> Iterator[C
             history_BL, borrowed_BL = np.where(same_BL, 0, history_BL), borrowed_BL & ~same_BL
         size = SIZES[int(np.searchsorted(SIZES, n))]
         values = (
-            user_B[part], target_B[part], label_B[part].astype(np.float32), np.ones(n, np.float32), history_BL, borrowed_BL,
-            mark_XL[at_B] * (history_BL > 0) if marked else None,
+            user_B[part], target_B[part], label_B[part].astype(np.float32), np.ones(n, np.float32), history_BL,
+            borrowed_BL, mark_XL[at_B] * (history_BL > 0) if marked else None,
         )  # fmt: skip
         yield CtrBatch(*(None if value is None else _padded(value, size) for value in values))
 

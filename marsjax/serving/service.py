@@ -1,6 +1,7 @@
-"""The online service of section 3.5.3 over HTTP. Needs the extra `serve`, so it is imported only where it is started."""
+"""The online service of section 3.5.3 over HTTP. Needs the extra `serve`: imported only where it is started.
 
-from __future__ import annotations
+Annotations are evaluated here, since FastAPI reads those of the routes, which name classes within a function.
+"""
 
 import asyncio
 import contextlib
@@ -74,13 +75,13 @@ class Context(Body):
 
 def make_app(settings: Settings, storage: Storage) -> FastAPI:
     """The service as an ASGI application; it loads its bundle when it starts, and is ready once all is compiled."""
-    items = Annotated[list[Id], Field(min_length=1, max_length=settings.most_candidates)]
-    history = Annotated[list[Id], Field(max_length=settings.most_candidates)]
+    Items = Annotated[list[Id], Field(min_length=1, max_length=settings.most_candidates)]
+    History = Annotated[list[Id], Field(max_length=settings.most_candidates)]
 
     class ScoreRequest(Body):
         user: Id
-        candidates: items
-        history: history | None = Field(None, description="replaces the user's own history")
+        candidates: Items
+        history: History | None = Field(None, description="replaces the user's own history")
         context: Context | None = None
 
     class ScoreResponse(BaseModel):
@@ -94,7 +95,7 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
 
     class AugmentRequest(Body):
         user: Id
-        history: history | None = Field(None, description="replaces the user's own history")
+        history: History | None = Field(None, description="replaces the user's own history")
 
     class BorrowedItem(BaseModel):
         item: str
@@ -400,14 +401,17 @@ def check_binding(host: str) -> None:
         )
 
 
-def run(settings: Settings, storage: Storage) -> None:
-    """Serves until it is stopped. Raises ValueError for a binding that is not safe."""
+def make_server(settings: Settings, storage: Storage) -> uvicorn.Server:
+    """The service with its HTTP server; `.run()` serves until it is stopped.
+
+    Raises ValueError for a binding that is not safe.
+    """
     check_binding(settings.host)
     config = uvicorn.Config(
         make_app(settings, storage), host=settings.host, port=settings.port, log_level="warning", access_log=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=10, server_header=False,
     )  # fmt: skip
-    uvicorn.Server(config).run()
+    return uvicorn.Server(config)
 
 
 def openapi(settings: Settings, storage: Storage) -> str:

@@ -1,4 +1,4 @@
-"""Stream and store in one SQLite file, for one machine: no server, and one transaction for an effect and its receipt."""
+"""Stream and store in one SQLite file: no server, and one transaction for an effect and its receipt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ CREATE TABLE IF NOT EXISTS stream(id INTEGER PRIMARY KEY AUTOINCREMENT, data BLO
 CREATE TABLE IF NOT EXISTS consumers(name TEXT PRIMARY KEY, done INTEGER NOT NULL, tries INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS dead(id INTEGER PRIMARY KEY, data BLOB NOT NULL, reason TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS histories(user TEXT PRIMARY KEY, data BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS vectors(version TEXT, user TEXT, data BLOB NOT NULL, PRIMARY KEY(version, user)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS vectors(
+    version TEXT, user TEXT, data BLOB NOT NULL, PRIMARY KEY(version, user)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS changed(user TEXT PRIMARY KEY, stamp TEXT NOT NULL, since REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS waiting ON changed(since);
 """
