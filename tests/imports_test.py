@@ -55,6 +55,13 @@ ONLY_IN = {
 }
 CORE = {"jax", "flax", "optax", "numpy", "scipy", "rich", "absl", *ONLY_IN}
 EXTRAS = {"pyarrow", "tensorboardX", "flatbuffers"}  # may be missing, so imported inside the function that uses them
+# Files that are made of one optional extra, so that they name its packages at their top; they themselves are imported
+# inside the function that needs them, or by one another.
+MADE_OF = {
+    "serving/service.py": {"fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client"},
+    "serving/measures.py": {"prometheus_client"},
+    "serving/redis_storage.py": {"redis"},
+}
 
 
 class Import(NamedTuple):
@@ -97,6 +104,11 @@ def refusals(name: str, source: str) -> list[str]:
             reason = (
                 "" if any(f"{inner}.".startswith(f"{target}.") for target in targets) else "not an arrow of ALLOWED"
             )
+            made = any(f"{inner}.".startswith(file.removesuffix(".py").replace("/", ".") + ".") for file in MADE_OF)
+            if made and not in_function and name not in MADE_OF:
+                reason = "made of an optional extra, outside a function"
+        elif top in MADE_OF.get(name, ()):
+            reason = ""
         elif top in EXTRAS:
             reason = "" if in_function else "an optional package outside a function"
         elif name not in ONLY_IN.get(top, {name}):
@@ -156,6 +168,9 @@ def test_nothing_is_imported_by_a_string_but_the_pipeline():
         ("data/tabular.py", "import pyarrow", "outside a function"),
         ("data/tabular.py", "try:\n    import pyarrow\nexcept ImportError:\n    pass", "outside a function"),
         ("stein.py", "import torch", "neither in the core"),
+        ("pipeline.py", "from marsjax.serving import service", "made of an optional extra"),
+        ("serving/storage.py", "from marsjax.serving.redis_storage import RedisStorage", "made of an optional extra"),
+        ("serving/engine.py", "import fastapi", "neither in the core"),
     ],
 )
 def test_a_forbidden_import_is_seen(name, source, reason):
@@ -170,6 +185,8 @@ def test_a_forbidden_import_is_seen(name, source, reason):
         ("serving/bundle.py", "from marsjax import __version__, files\nfrom marsjax.training import checkpoint"),
         ("training/checkpoint.py", "import orbax.checkpoint as ocp"),
         ("data/tabular.py", "def f():\n    try:\n        import pyarrow.csv\n    except ImportError:\n        pass"),
+        ("serving/service.py", "import uvicorn\nfrom marsjax.serving.measures import Measures"),
+        ("pipeline.py", "def serve():\n    from marsjax.serving import service"),
         ("pipeline.py", "import jax, json\nfrom marsjax.data import batches"),
     ],
 )
