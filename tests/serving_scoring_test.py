@@ -1,4 +1,4 @@
-"""Online and offline are the same functions: what is looked up is what training saw, and scores do not depend on company."""
+"""Online and offline are the same functions: what is looked up is what training saw."""
 
 import numpy as np
 import pytest

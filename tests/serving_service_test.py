@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from marsjax import files
 from marsjax.records import LOW
-from marsjax.serving import runner, scoring, service, snapshots, versions
 from marsjax.serving import bundle as serving
+from marsjax.serving import runner, scoring, service, snapshots, versions
 from marsjax.serving.storage import RUNNER, StorageError, open_storage
 
 
@@ -277,8 +277,7 @@ def test_before_a_bundle_is_there_nothing_is_ready(tmp_path, storage):
 def variant(bundle_folder, folder, factor):
     """The same bundle with other parameters: every score differs."""
     bundle = serving.load_bundle(bundle_folder)
-    scaled = {name: value for name, value in (("params", bundle.params), ("statistics", bundle.statistics))}
-    scaled["params"] = _times(scaled["params"], factor)
+    scaled = {"params": _times(bundle.params, factor), "statistics": bundle.statistics}
     serving.continue_bundle(folder, bundle, ctr=scaled, trained={"factor": factor})
     return folder
 
@@ -407,7 +406,9 @@ def test_tokens_guard_events_and_what_shows_users(client, monkeypatch, bundle):
     monkeypatch.setenv(service.EVENTS_TOKEN, "eve")
     monkeypatch.setenv(service.ADMIN_TOKEN, "adam")
     for path, method, content, right in (
-        ("/v1/events", "POST", body, "eve"), ("/metrics", "GET", None, "adam"), ("/explain?user=u", "GET", None, "adam"),
+        ("/v1/events", "POST", body, "eve"),
+        ("/metrics", "GET", None, "adam"),
+        ("/explain?user=u", "GET", None, "adam"),
     ):  # fmt: skip
         assert client.call(method, path, content, raw=True)[0] == 401
         assert client.call(method, path, content, {"authorization": "Bearer wrong"}, raw=True)[0] == 401
@@ -431,13 +432,17 @@ VALUE = st.recursive(
     max_leaves=8,
 )
 NAMES = st.text(min_size=1, max_size=8)
+EVENT = {"id": NAMES, "user": NAMES, "item": NAMES, "label": st.integers(-1, 2), "time": st.integers()}
 PARTS = {
-    "/v1/score": {"user": NAMES, "candidates": st.lists(NAMES, min_size=1, max_size=5), "history": st.lists(NAMES, max_size=3),
-                  "context": st.fixed_dictionaries({}, optional={"time": st.integers()})},
+    "/v1/score": {
+        "user": NAMES,
+        "candidates": st.lists(NAMES, min_size=1, max_size=5),
+        "history": st.lists(NAMES, max_size=3),
+        "context": st.fixed_dictionaries({}, optional={"time": st.integers()}),
+    },
     "/v1/augment": {"user": NAMES, "history": st.lists(NAMES, max_size=5)},
-    "/v1/events": {"events": st.lists(st.fixed_dictionaries({
-        "id": NAMES, "user": NAMES, "item": NAMES, "label": st.integers(-1, 2), "time": st.integers()}), max_size=3)},
-}  # fmt: skip
+    "/v1/events": {"events": st.lists(st.fixed_dictionaries(EVENT), max_size=3)},
+}
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -477,8 +482,8 @@ def test_the_page_shows_who_lends_and_what_was_left_out(client, bundle, tmp_path
 def test_the_page_in_a_browser(client, bundle, tmp_path):
     command = [
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=3000",
-        "--window-size=1000,1400", f"--screenshot={tmp_path}/page.png", "--dump-dom",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}/profile",
+        "--virtual-time-budget=3000", "--window-size=1000,1400", "--dump-dom",
         f"http://127.0.0.1:{client.port}/explain?user={low_user(bundle)}",
     ]  # fmt: skip
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

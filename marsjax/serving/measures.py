@@ -25,8 +25,9 @@ class Measures:
             buckets=SECONDS,
         )  # fmt: skip
         self.fallbacks = Counter(
-            "marsjax_fallbacks", "Scores without what MARS would lend: store, unknown_user, no_vector, empty_index, late; "
-            "and unseen_item.", ("reason",), registry=registry,
+            "marsjax_fallbacks",
+            "Scores without what MARS would lend: store, unknown_user, no_vector, empty_index, late; and unseen_item.",
+            ("reason",), registry=registry,
         )  # fmt: skip
         self.cold = Counter("marsjax_cold_users", "Requests for users without a history.", registry=registry)
         self.borrowed = Histogram(

@@ -30,7 +30,7 @@ class Current(NamedTuple):
 
 
 def publish(root: pathlib.Path, bundle: pathlib.Path, *, keep: int) -> str:
-    """Copies a bundle into `root`, points to it and removes all but the latest `keep` versions; returns the version.
+    """Copies a bundle into `root`, points to it and removes all but the `keep` served last; returns the version.
 
     Raises:
         ValueError: no bundle or a damaged one; nothing has changed.
@@ -105,9 +105,11 @@ def _versions(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _remove_old(root: pathlib.Path, keep: int) -> None:
+    """Keeps what was served last: a version that was rolled back from is no use any more."""
     current = read_current(root)
-    for path in _versions(root)[:-keep]:
-        if current is None or path.name != current.version:
+    kept = [] if current is None else [current.version, *current.earlier[::-1]][:keep]
+    for path in _versions(root):
+        if path.name not in kept:
             files.remove_folder(path)
 
 
