@@ -27,7 +27,7 @@ from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import check_choices, fingerprint, override, to_json
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
-from marsjax.ctr.items import content_table, padded_tables
+from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
 from marsjax.data import batches, inspection
 from marsjax.data.movielens import load_movielens
 from marsjax.data.permutation import permute_labels
@@ -609,7 +609,7 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
     cfg, events, rows = config.ctr, loaded.dataset.log, loaded.rows
     sizes = counts(loaded, method)
     model = make_backbone(to_json(cfg), **sizes)
-    settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
+    settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip, cfg.id_decay, ID_TABLES)
     tables, inputs = padded_tables(loaded.tables, sizes["n_items"]), loaded.inputs
     key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, read_by(config, donation, method))
     test_E = np.flatnonzero(rows.split_E == TEST)

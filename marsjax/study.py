@@ -35,8 +35,8 @@ class Part(NamedTuple):
 
 
 CONTROLS = (
-    "random_donor", "popular_items", "tfidf_donor", "everybody_votes", "collaborative_vote", "collaborative_posterior",
-    "hidden_ids", "short_histories",
+    "random_donor", "popular_items", "tfidf_donor", "collaborative_donor", "everybody_votes", "collaborative_vote",
+    "collaborative_posterior", "collaborative_short_posterior", "hidden_ids", "short_histories",
 )  # fmt: skip
 BASELINES = ("ran", "ran_s", "reppad", "cmr", "cmrsi", "cl4srec", "coserec", "basrec")
 PUBLISHED = ("mars", "mars_time_safe", "mars_without_target", "mars_train_only", "mars_test_only")
@@ -50,7 +50,8 @@ SPARSE = {"split.kind": "last_fraction", "split.sparse_fraction": "0.3"}
 SETTINGS = {
     "as configured": {},
     "learning rate 0.0003": {"ctr.learning_rate": "0.0003"},
-    "weight decay 1": {"ctr.weight_decay": "1"},
+    "decay of ids 1": {"ctr.id_decay": "1"},
+    "decay of ids 4": {"ctr.id_decay": "4"},
     "without the user's id": {"ctr.user_id": "false"},
 }
 
@@ -97,8 +98,8 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
     followed = tuple(
         name
         for name in ("base", "mars", "random_donor", "tfidf_donor", "mars_vote", "mars_posterior",
-                     "mars_short_posterior", "collaborative_posterior", "hidden_ids", "short_histories", "cmr",
-                     "reppad", "coserec")
+                     "mars_short_posterior", "collaborative_posterior", "collaborative_short_posterior", "hidden_ids",
+                     "short_histories", "cmr", "reppad", "coserec")
         if name in known
     )  # fmt: skip
     return (

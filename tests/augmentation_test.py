@@ -297,3 +297,38 @@ def test_tfidf_donor_is_the_one_whose_items_are_most_alike():
 
     expected = [1.0, (idf[1] ** 2 + idf[2] ** 2) / norm([1, 2, 4]) / norm([1, 2, 8]), idf[5] / norm([1, 5, 6, 7])]
     np.testing.assert_allclose(borrowed.similarity_S, np.repeat(expected, [2, 2, 3]), rtol=1e-6)
+
+
+def test_in_few_directions_histories_without_a_common_item_find_the_donor_of_their_kind():
+    """Donors hold items of one of two kinds; the query's item 1 is not held by the donor with the most of its kind."""
+    items = [[1, 2, 3], [2, 3, 4], [6, 7, 8], [7, 8, 9], [3, 4, 5], [8, 9, 10]]
+    donors = Donors(np.arange(6, dtype=np.int32), np.array(items, np.int32), np.zeros((6, 3), np.int64))
+    histories = Histories(
+        start_U1=np.array([0, 1, 2]),
+        item_H=np.array([1, 6], np.int32),
+        time_H=np.zeros(2, np.int64),
+        label_H=np.zeros(2, np.float32),
+        end_E=np.zeros(0, np.int64),
+        train_end_U=np.array([1, 2]),
+        start_E=np.zeros(0, np.int64),
+    )
+    queries = Queries(np.arange(2, dtype=np.int32), histories.train_end_U, np.zeros(0, np.int32))
+
+    def bag(numbers):
+        held_N = np.bincount(np.ravel(items), minlength=11)
+        row_N = np.zeros(11)
+        row_N[numbers] = np.log(7 / (1 + held_N[numbers])) + 1
+        return row_N / np.linalg.norm(row_N)
+
+    donor_PN = np.stack([bag(row) for row in items])
+    direction_KN = np.linalg.svd(donor_PN)[2][:2]
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    expected_QP = unit(np.stack([bag([1]), bag([6])]) @ direction_KN.T) @ unit(donor_PN @ direction_KN.T).T
+    borrowed = controls.tfidf_donor(donors, histories, queries, np.array([2, 2]), n_items=11, components=2)
+    np.testing.assert_allclose(borrowed.similarity_S[::2], expected_QP.max(axis=1), rtol=1e-6)
+    for query, donor in enumerate(borrowed.donor_S[::2]):
+        assert expected_QP[query, donor] > expected_QP[query].max() - 1e-6
+        assert (donor in (2, 3, 5)) == (query == 1)

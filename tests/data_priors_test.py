@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from marsjax.data.priors import STRENGTH, earlier_events, prior_numbers
+from marsjax.data.priors import FOLDS, STRENGTH, earlier_events, prior_numbers
 from marsjax.data.splits import make_rows
 from marsjax.records import TRAIN, Log
 
@@ -34,8 +34,8 @@ def test_numbers_equal_their_definition(ties, split):
         seen = slice(rows.histories.start_U1[user], rows.histories.end_E[event])
         of_user = rows.histories.label_H[seen]
         earlier = (rows.split_E == TRAIN) & (log.item_E == log.item_E[event]) & (log.time_E < log.time_E[event])
-        half_U = np.random.default_rng(0).permutation(30) % 2
-        others = (rows.split_E == TRAIN) & (log.item_E == log.item_E[event]) & (half_U != half_U[user])[rows.user_E]
+        fold_U = np.random.default_rng(0).permutation(30) % FOLDS
+        others = (rows.split_E == TRAIN) & (log.item_E == log.item_E[event]) & (fold_U != fold_U[user])[rows.user_E]
         expected = []
         for label_X in (of_user, log.label_E[earlier], log.label_E[others]):
             rate = (label_X.sum() + STRENGTH * overall) / (len(label_X) + STRENGTH)
@@ -63,12 +63,12 @@ def test_the_label_of_an_event_and_all_later_ones_change_nothing():
     assert (before != after).any()
 
 
-def test_the_rate_of_the_other_half_does_not_know_the_own_label():
-    """Labels of a user are turned; the overall rate is kept by turning as many of another user of the same half."""
+def test_the_rate_of_the_other_folds_does_not_know_the_own_label():
+    """Labels of a user are turned; the overall rate is kept by turning as many of another user of the same fold."""
     log = make_log()
     rows = make_rows(log, split="leave_one_out")
-    half_U = np.random.default_rng(0).permutation(30) % 2
-    one, other = np.flatnonzero(half_U == 0)[:2]
+    fold_U = np.random.default_rng(0).permutation(30) % FOLDS
+    one, other = np.flatnonzero(fold_U == 0)[:2]
     train = [np.flatnonzero((rows.user_E == user) & (rows.split_E == TRAIN)) for user in (one, other)]
     first = next(e for e in train[0] if any(log.label_E[o] != log.label_E[e] for o in train[1]))
     second = next(e for e in train[1] if log.label_E[e] != log.label_E[first])
@@ -76,9 +76,9 @@ def test_the_rate_of_the_other_half_does_not_know_the_own_label():
     changed_E[[first, second]] = 1 - changed_E[[first, second]]
     changed = log._replace(label_E=changed_E)
     before, after = prior_numbers(log, rows), prior_numbers(changed, make_rows(changed, split="leave_one_out"))
-    same_half_E = half_U[rows.user_E] == 0
-    np.testing.assert_array_equal(before[same_half_E, 4:], after[same_half_E, 4:])
-    assert (before[~same_half_E, 4:] != after[~same_half_E, 4:]).any()
+    same_fold_E = fold_U[rows.user_E] == 0
+    np.testing.assert_array_equal(before[same_fold_E, 4:], after[same_fold_E, 4:])
+    assert (before[~same_fold_E, 4:] != after[~same_fold_E, 4:]).any()
 
 
 def test_earlier_events_of_one_moment_do_not_see_one_another():

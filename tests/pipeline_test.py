@@ -411,7 +411,7 @@ def test_methods_that_lend_items_lend_as_much_as_mars(workdir):
     donation = pipeline.augment_stage(context, space, vectors)
     budget_Q = np.diff(donation.borrowed.start_Q1)
     assert budget_Q.max() > 5
-    lending = {"random_donor", "popular_items", "tfidf_donor"}
+    lending = {"random_donor", "popular_items", "tfidf_donor", "collaborative_donor"}
     lending |= {name for name in METHODS if name.startswith("mars") and not METHODS[name].numbers}
     lending |= {"mars_vote_and_items"}
     lending |= {f"{name}_budget" for name in BASELINES}
@@ -420,7 +420,7 @@ def test_methods_that_lend_items_lend_as_much_as_mars(workdir):
         assert (lent is not None) == (method in lending), method
         if lent is not None:
             lent_Q = np.diff(lent.borrowed.start_Q1)
-            if method == "tfidf_donor":  # as far as that donor has so many
+            if method in ("tfidf_donor", "collaborative_donor"):  # as far as that donor has so many
                 assert (lent_Q <= budget_Q).all()
                 assert lent_Q.sum() > budget_Q.sum() / 2
             else:

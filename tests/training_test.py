@@ -14,6 +14,11 @@ import numpy as np
 import optax
 import pytest
 
+from marsjax.ctr.din import Din
+from marsjax.ctr.dnn import Dnn
+from marsjax.ctr.items import ID_TABLES
+from marsjax.ctr.objective import init_model
+from marsjax.records import ItemTables
 from marsjax.training import loop, sharding
 from marsjax.training.optimizer import AdamW, adamw
 from marsjax.training.step import Share, init_state, make_step, total
@@ -189,6 +194,18 @@ def test_weight_decay_falls_on_matrices_only():
     np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * params["kernel"], rtol=1e-6)
     np.testing.assert_array_equal(updates["bias"], 0)
     np.testing.assert_array_equal(updates["scale"], 0)
+
+
+@pytest.mark.parametrize("backbone", ["din", "dnn"])
+def test_decay_of_ids_falls_on_the_tables_of_users_and_items_alone(backbone):
+    model = {"din": Din, "dnn": Dnn}[backbone](n_items=7, n_categories=3, n_users=5)
+    tables = ItemTables(np.zeros((7, 1), np.int32), None)
+    params = jax.device_get(init_model(model, tables, seed=0)["params"])
+    optimizer = adamw(AdamW(0.1, 0.0, 10.0, id_decay=0.5, id_tables=ID_TABLES))
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    moved = [path for path, update in jax.tree_util.tree_leaves_with_path(updates) if np.any(update)]
+    assert {tuple(key.key for key in path) for path in moved} == {("items", "item"), ("users", "table")}
+    np.testing.assert_allclose(updates["users"]["table"], -0.1 * 0.5 * params["users"]["table"], rtol=1e-6)
 
 
 # --- real stages in processes of their own

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import scipy.sparse
+import scipy.sparse.linalg
 
+from marsjax.augmentation.votes import unit
 from marsjax.data.histories import ragged_histories
 from marsjax.records import Borrowed, Donors, Histories, Queries
 
@@ -93,12 +95,16 @@ def popular_items(donors: Donors, budget_Q: np.ndarray, *, n_items: int) -> Borr
     )
 
 
-def tfidf_donor(donors: Donors, histories: Histories, queries: Queries, budget_Q: np.ndarray, n_items: int) -> Borrowed:
+def tfidf_donor(
+    donors: Donors, histories: Histories, queries: Queries, budget_Q: np.ndarray, *, n_items: int, components: int = 0
+) -> Borrowed:
     """Each query borrows the last items, its budget at the most, of the donor whose items are most like its own.
 
     Histories are compared by the cosine of TF-IDF vectors over item ids, with the smooth weight
-    ln((1 + P) / (1 + P_i)) + 1 of an item that P_i of P donors hold; an item met twice counts twice. Among equals the
-    lower user number lends; nobody lends to a query that shares no item with any donor.
+    ln((1 + P) / (1 + P_i)) + 1 of an item that P_i of P donors hold; an item met twice counts twice. With `components`
+    they are compared in that many principal directions of the donors' vectors (latent semantic analysis, Deerwester et
+    al. 1990), where histories without an item in common can be alike. Among equals the lower user number lends; nobody
+    lends to a query that is like no donor.
     """
     held_PL, cap = donors.item_PL > 0, donors.item_PL.shape[1]
     donor_X, item_X = np.nonzero(held_PL)[0], donors.item_PL[held_PL]
@@ -107,6 +113,9 @@ def tfidf_donor(donors: Donors, histories: Histories, queries: Queries, budget_Q
     begin_Q1, at_X = ragged_histories(histories.start_U1[queries.user_Q], queries.end_Q, cap=cap)
     query_X = np.repeat(np.arange(len(queries.user_Q)), np.diff(begin_Q1))
     query_QN = _unit_bags(query_X, histories.item_H[at_X], weight_N, len(queries.user_Q))
+    if components:
+        direction_NK = _directions(donor_PN, components)
+        donor_PN, query_QN = (scipy.sparse.csr_array(unit(bags @ direction_NK)) for bags in (donor_PN, query_QN))
     best_Q, similarity_Q = np.zeros(len(budget_Q), np.int64), np.zeros(len(budget_Q), np.float32)
     chunk = max(CELLS // len(donors.user_P), 1)
     for first in range(0, len(budget_Q), chunk):
@@ -125,6 +134,15 @@ def tfidf_donor(donors: Donors, histories: Histories, queries: Queries, budget_Q
         donor_S=donors.user_P[position_S].astype(np.int32),
         similarity_S=np.repeat(similarity_Q, taken_Q),
     )
+
+
+def _directions(donor_PN: scipy.sparse.csr_array, components: int) -> np.ndarray:
+    """The first right singular vectors, [N, K]; as many as there are donors and items for."""
+    components = min(components, min(donor_PN.shape) - 1)
+    if components < 1:
+        return np.zeros((donor_PN.shape[1], 1))
+    start = np.random.default_rng(0).normal(size=min(donor_PN.shape))  # fixed: the solver would draw one
+    return scipy.sparse.linalg.svds(donor_PN, k=components, v0=start)[2].T
 
 
 def _tfidf_weights(bag_X: np.ndarray, item_X: np.ndarray, n_bags: int, n_items: int) -> np.ndarray:

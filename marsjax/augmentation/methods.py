@@ -143,11 +143,30 @@ def collaborative_posterior(offer: Offer) -> Treatment:
     return expect(offer, None)
 
 
+def _tfidf_donor(offer: Offer, *, components: int) -> Treatment:
+    budget_Q, n_items = np.diff(offer.borrowed.start_Q1), len(offer.item_ND)
+    return lend(
+        offer,
+        controls.tfidf_donor(
+            offer.donors, offer.rows.histories, offer.queries, budget_Q, n_items=n_items, components=components
+        ),
+    )
+
+
 def tfidf_donor(offer: Offer) -> Treatment:
     """Control: the last items, as many as MARS lends, of the donor whose items are most alike by TF-IDF."""
-    budget_Q = np.diff(offer.borrowed.start_Q1)
-    borrowed = controls.tfidf_donor(offer.donors, offer.rows.histories, offer.queries, budget_Q, len(offer.item_ND))
-    return lend(offer, borrowed)
+    return _tfidf_donor(offer, components=0)
+
+
+def collaborative_donor(offer: Offer) -> Treatment:
+    """Control: as `tfidf_donor`, of the donor who is nearest in a space of 64 directions made of who met what."""
+    return _tfidf_donor(offer, components=64)
+
+
+def collaborative_short_posterior(offer: Offer) -> Treatment:
+    """Control: as `mars_short_posterior`, without the aligned space."""
+    shorter, treatment = shorten(offer)
+    return treatment._replace(dense_EJ=collaborative_posterior(shorter).dense_EJ)
 
 
 def random_donor(offer: Offer) -> Treatment:
@@ -235,7 +254,9 @@ METHODS: dict[str, Method] = {
     "everybody_votes": Method(everybody_votes, numbers=2, offline=True),
     "collaborative_vote": Method(collaborative_vote, numbers=2, offline=True),
     "collaborative_posterior": Method(collaborative_posterior, numbers=2, posterior=True, offline=True),
+    "collaborative_short_posterior": Method(collaborative_short_posterior, numbers=2, posterior=True, offline=True),
     "tfidf_donor": Method(tfidf_donor),
+    "collaborative_donor": Method(collaborative_donor),
     **_both_forms("ran"),
     **_both_forms("ran_s"),
     **_both_forms("reppad"),

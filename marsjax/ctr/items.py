@@ -11,6 +11,7 @@ import numpy as np
 
 from marsjax.records import Array, CtrBatch, Items, ItemTables
 
+ID_TABLES = (("items", "item"), ("users", "table"))  # where a backbone's tables of ids stand among its parameters
 FEEDBACK_WIDTH = 4  # of the embedding of liked, not liked and not known
 
 

@@ -7,16 +7,17 @@ import numpy as np
 from marsjax.records import TRAIN, Log, Rows
 
 STRENGTH = 10.0  # events that the rate over all training events counts for, where a user or an item has few
+FOLDS = 5  # users are dealt into so many, and an item's rate for a row is that of the other ones
 
 
 def prior_numbers(log: Log, rows: Rows) -> np.ndarray:
     """Six numbers for each event, [E, 6] float32: rate of likes and count of events of the user in the visible history,
     of the item among the training events of all users at an earlier time, and of the item among all training events of
-    the other half of the users (drawn with a fixed seed).
+    the users of the other folds (drawn with a fixed seed).
 
     Rates are shrunk to the rate over all training events and moved by it; counts are log(1 + n), scaled to about 1.
     The label of the event enters nowhere. An item's rate over all training events but the row's own would tell it:
-    where the others have liked less, the row has liked more. So the last pair leaves out half of the users, the row's
+    where the others have liked less, the row has liked more. So the last pair leaves out a fold of the users, the row's
     own among them. The first four know nothing later than the event.
     """
     histories, is_train_E = rows.histories, rows.split_E == TRAIN
@@ -25,14 +26,15 @@ def prior_numbers(log: Log, rows: Rows) -> np.ndarray:
     start_E = histories.start_E
     user = histories.end_E - start_E, likes_H1[histories.end_E] - likes_H1[start_E]
     item = earlier_events(log.item_E, log.time_E, np.stack([is_train_E, is_train_E * log.label_E]))
-    half_U = np.random.default_rng(0).permutation(len(rows.group_U)) % 2
-    side_E, n_items = half_U[rows.user_E], int(log.item_E.max(initial=0)) + 1
-    key_E, other_E = side_E * n_items + log.item_E, (1 - side_E) * n_items + log.item_E
+    fold_U = np.random.default_rng(0).permutation(len(rows.group_U)) % FOLDS
+    fold_E, n_items = fold_U[rows.user_E], int(log.item_E.max(initial=0)) + 1
     counts, likes = (
-        np.bincount(key_E, weight_E, minlength=2 * n_items) for weight_E in (is_train_E, is_train_E * log.label_E)
+        np.bincount(fold_E * n_items + log.item_E, weight_E, minlength=FOLDS * n_items).reshape(FOLDS, n_items)
+        for weight_E in (is_train_E, is_train_E * log.label_E)
     )
+    others = ((sums.sum(axis=0)[None] - sums)[fold_E, log.item_E] for sums in (counts, likes))
     columns = []
-    for count_E, likes_E in (user, item, (counts[other_E], likes[other_E])):
+    for count_E, likes_E in (user, item, tuple(others)):
         rate_E = (likes_E + STRENGTH * overall) / (count_E + STRENGTH)
         columns += [4.0 * (rate_E - overall), np.log1p(count_E) / 4.0 - 1.0]
     return np.stack(columns, axis=1).astype(np.float32)
