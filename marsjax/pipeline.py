@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import pathlib
+import platform
 import signal
 import sys
 import threading
@@ -31,7 +32,7 @@ from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
 from marsjax.data import batches, inspection
 from marsjax.data.movielens import load_movielens
 from marsjax.data.permutation import permute_labels
-from marsjax.data.priors import prior_numbers
+from marsjax.data.priors import item_counts, prior_numbers
 from marsjax.data.sampling import sample_users
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
@@ -56,7 +57,7 @@ from marsjax.records import (
     Rows,
 )
 from marsjax.serving import bundle as serving
-from marsjax.serving import continuation, lending, scoring, versions
+from marsjax.serving import continuation, knowledge, lending, scoring, versions
 from marsjax.serving import runner as offline
 from marsjax.serving import storage as storing
 from marsjax.serving.requests import read_requests, write_scores
@@ -241,20 +242,22 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             f"export: expected split.sparse_fraction=0, found {config.split.sparse_fraction}; a bundle serves whole "
             "histories, and no model was trained on those of the sparse users"
         )
-    if config.ctr.inputs != "ids" or METHODS[config.export.method].offline:
+    if METHODS[config.export.method].offline:
         served = ", ".join(name for name, method in METHODS.items() if not method.offline)
         raise ValueError(
-            f"export: expected ctr.inputs=ids and one of {served}, found {config.ctr.inputs} and "
-            f"{config.export.method}; a bundle holds no marks, rates, votes or opinions to score with yet"
+            f"export.method: expected one of {served}, found {config.export.method}; a bundle does not hold what it "
+            "needs of a row"
         )
     context = Context(config, load(config), Stages(workdir), config.seeds[0])
     space = align_stage(context)
     vectors, _ = embed_stage(context, space)
     donation = augment_stage(context, space, vectors)
     trained = train_stage(context, donation, config.export.method)
-    augmentation = treat(context, donation, config.export.method).augmentation
+    treatment = treat(context, donation, config.export.method)
+    augmentation = treatment.augmentation
     dataset, rows = context.loaded.dataset, context.loaded.rows
     low_U = (rows.group_U == LOW) & (rows.train_length_U > 0)
+    n_items, features = len(dataset.items.raw_id_N), context.loaded.tables.feature_NF
     serving.write_bundle(
         output,
         config=to_json(config),
@@ -263,6 +266,7 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             "time_safe": augmentation is not None and augmentation.time_safe,
             "drop_target": augmentation is not None and augmentation.drop_target,
             "live": METHODS[config.export.method].live,
+            "hidden": treatment.hidden_E is not None,
             "longest": int((rows.histories.train_end_U - rows.histories.start_U1[:-1])[low_U].max(initial=0)),
         },
         counts=counts(context.loaded, config.export.method),
@@ -272,10 +276,15 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             title_N=dataset.items.title_N,
             category_NG=dataset.items.category_NG,
             item_ND=vectors.item_ND,
+            feature_NF=np.zeros((n_items, 0), np.float32) if features is None else features,
         ),
         ctr={"params": trained.params, "statistics": trained.statistics},
         space=serving.Encoder(space.encoder, space.params, space.tables),
         lenders=lenders_of(context, space, vectors, donation.donors),
+        known=knowledge.make_knowledge(
+            None if context.loaded.inputs.dense_EJ is None else item_counts(dataset.log, rows, n_items=n_items),
+            treatment.opinions,
+        ),
     )
     say(
         f"bundle of {config.export.method}, seed {context.seed}: {output}; score with `marsjax score --bundle={output}`"
@@ -937,7 +946,10 @@ def _storage(config: ConfigDict, root: pathlib.Path, *, timeout: float, writes: 
     url = config.serving.storage or f"sqlite:{root / 'storage.sqlite'}"
     # A writer of SQLite may have to wait for another one; a reader never does.
     timeout = max(timeout, 5.0) if writes and url.startswith("sqlite:") else timeout
-    return storing.open_storage(url, timeout=timeout, ttl=config.serving.ttl_days * 86400)
+    # A runner that starts again on its machine goes on with what it had not acknowledged.
+    return storing.open_storage(
+        url, timeout=timeout, ttl=config.serving.ttl_days * 86400, consumer=platform.node() or "runner"
+    )
 
 
 SOURCES = {"synthetic": _synthetic, "movielens": _movielens, "tabular": _tabular}

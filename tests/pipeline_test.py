@@ -752,3 +752,32 @@ def test_no_key_hides_behind_a_method_of_the_configuration():
     for section in config.values():
         if isinstance(section, ConfigDict):
             assert not [key for key in section if hasattr(ConfigDict, key)]
+
+
+@pytest.mark.parametrize(
+    ("method", "inputs"), [("mars", "strong"), ("mars_posterior", "ids"), ("mars_short_posterior", "strong")]
+)
+def test_bundles_hold_what_strong_models_and_opinions_read(workdir, tmp_path, method, inputs):
+    """The test rows with the histories before them score as in the run. All of them are later than what was trained on,
+    as a service's requests are."""
+    config = small_config(**{"export.method": method, "ctr.inputs": inputs, "split.kind": "global_time"})
+    pipeline.export(config, workdir, output=tmp_path / "bundle")
+    bundle = serving.load_bundle(tmp_path / "bundle")
+    context = pipeline.Context(config, pipeline.load(config), Stages(workdir), 0)
+    trained = pipeline.train_stage(context, pipeline.borrow(context), method)
+    log, rows, histories = context.loaded.dataset.log, context.loaded.rows, context.loaded.rows.histories
+    asked = []
+    for event in np.flatnonzero(rows.split_E == TEST):
+        user, own = int(rows.user_E[event]), slice(histories.start_E[event], histories.end_E[event])
+        marks = scoring.marks(histories.label_H[own])
+        profile = scoring.Profile(user, histories.item_H[own], marks, scoring.table_lent(bundle, user))
+        asked.append(scoring.Row(profile, log.item_E[event : event + 1], int(log.time_E[event])))
+    found = np.concatenate(scoring.score_rows(bundle, asked))
+    np.testing.assert_allclose(found, trained.predictions.score_B, atol=2e-6)
+    assert np.ptp(found) > 0.01
+    many = asked[0]._replace(target_C=np.arange(1, 40, dtype=np.int32))
+    (together,) = scoring.score_rows(bundle, [many])
+    alone = np.concatenate(
+        [scoring.score_rows(bundle, [many._replace(target_C=many.target_C[c : c + 1])])[0] for c in (0, 38)]
+    )
+    np.testing.assert_allclose(together[[0, 38]], alone, atol=1e-6)

@@ -4,7 +4,8 @@ manifest.json      versions, counts, configuration, sha256 of every file
 ctr/, alignment/   parameters (orbax)
 scoring.stablehlo  the scoring function (`jax.export`), for any batch and history length, without its parameters; only
                    where flatbuffers, with which jax writes it, was installed
-items.npz          ids, titles, categories, static vectors
+items.npz          ids, titles, categories, static vectors, content
+knowledge.npz      rates and counts of likes, and opinions that go together, where the model reads them
 features.npz       what the encoder reads of the items
 users.npz          ids, activity groups, vectors, latest histories, what each low-active user borrows
 donors.npz         training histories of the high-active users, and the vector subtracted before a cosine
@@ -29,7 +30,8 @@ from marsjax.ctr import objective
 from marsjax.ctr.backbones import make_backbone
 from marsjax.ctr.items import padded_tables
 from marsjax.records import AlignmentBatch, Augmentation, ItemTables, Log, Rows
-from marsjax.serving import lending, portable
+from marsjax.serving import knowledge, lending, portable
+from marsjax.serving.knowledge import Knowledge
 from marsjax.training import checkpoint
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class Items(NamedTuple):
     title_N: np.ndarray  # [N] str
     category_NG: np.ndarray  # [N, G] int32
     item_ND: np.ndarray  # [N, D] float32
+    feature_NF: np.ndarray  # [N, F] float32, content that the CTR model reads; F is 0 where it reads none
 
 
 class Bundle(NamedTuple):
@@ -78,6 +81,7 @@ class Bundle(NamedTuple):
     users: Users
     items: Items
     lenders: lending.Lenders
+    known: Knowledge
     manifest: dict[str, Any]
     folder: pathlib.Path
 
@@ -143,28 +147,33 @@ def write_bundle(
     ctr: PyTree,
     space: Encoder,
     lenders: lending.Lenders,
+    known: Knowledge,
 ) -> None:
     """Writes a bundle beside `folder` and renames it, so that it appears whole or not at all.
 
     `lends` says what the method decides beside the configuration: its name (`method`), whether the model was trained on
     borrowed items that are `time_safe`, and without the target (`drop_target`), whether what a user borrows can be
-    looked up anew (`live`), and the longest history of a user that borrows (`longest`).
+    looked up anew (`live`), whether the model knows users with few rows by their histories alone (`hidden`), and the
+    longest history of a user that borrows (`longest`).
 
     Raises:
         ValueError: `folder` exists.
         OSError: the disk is full; nothing is left behind.
     """
     need_new(folder)
-    tables = padded_tables(ItemTables(items.category_NG), counts["n_items"])
+    tables = _tables(items, counts["n_items"])
     model = make_backbone(config["ctr"], **counts)
     with files.write_folder(folder) as partial:
         checkpoint.save_params(partial / "ctr", ctr)
         checkpoint.save_params(partial / "alignment", space.params)
         if portable.can_export():
-            function = portable.export_scoring(model, ctr["params"], ctr["statistics"], tables)
+            function = portable.export_scoring(
+                model, ctr["params"], ctr["statistics"], tables, dense=knowledge.dense_width(known)
+            )
             files.write_bytes(partial / SCORING, function)
         files.write_arrays(partial / "items.npz", **items._asdict())
         files.write_arrays(partial / "users.npz", **users._asdict())
+        files.write_arrays(partial / "knowledge.npz", **known._asdict())
         features = {
             f"{kind}_{name}": np.asarray(value)
             for kind, values in zip(("feature", "present"), space.tables, strict=True)
@@ -242,12 +251,30 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
     with np.load(folder / "items.npz") as arrays:
         items = Items(**{name: arrays[name] for name in Items._fields})
     model = make_backbone(manifest["config"]["ctr"], **manifest["counts"])
-    tables = padded_tables(ItemTables(items.category_NG), manifest["counts"]["n_items"])
-    template = jax.eval_shape(lambda: objective.init_model(model, tables, seed=0))
+    with np.load(folder / "knowledge.npz") as arrays:
+        known = Knowledge(**{name: arrays[name] for name in Knowledge._fields})
+    tables = _tables(items, manifest["counts"]["n_items"])
+    dense = knowledge.dense_width(known)
+    template = jax.eval_shape(lambda: objective.init_model(model, tables, seed=0, dense=dense))
     trained = jax.device_put(checkpoint.load_params(folder / "ctr", template))
     lenders = lending.read_lenders(folder, items.item_ND)
     return Bundle(
-        model, trained["params"], trained["statistics"], jax.device_put(tables), users, items, lenders, manifest, folder
+        model,
+        trained["params"],
+        trained["statistics"],
+        jax.device_put(tables),
+        users,
+        items,
+        lenders,
+        knowledge.on_device(known),
+        manifest,
+        folder,
+    )
+
+
+def _tables(items: Items, n_items: int) -> ItemTables:
+    return padded_tables(
+        ItemTables(items.category_NG, items.feature_NF if items.feature_NF.shape[1] else None), n_items
     )
 
 

@@ -18,6 +18,7 @@ from marsjax.ctr import objective
 from marsjax.records import CtrBatch
 from marsjax.serving import scoring
 from marsjax.serving.bundle import Bundle
+from marsjax.serving.knowledge import dense_width, numbers
 from marsjax.serving.lending import CHUNK, Lenders, Lent, lend
 
 log = logging.getLogger(__name__)
@@ -195,13 +196,18 @@ class Compilations:
 def warm_up(snapshot: Snapshot) -> None:
     """Runs every shape once, so that no request waits for a compilation. One that is compiled already costs little."""
     bundle, config = snapshot.bundle, snapshot.bundle.manifest["config"]
-    marked = config["ctr"]["inputs"] == "strong"
+    marked, width = config["ctr"]["inputs"] == "strong", dense_width(bundle.known)
+    for size in scoring.SIZES:
+        target_C, nothing_L = np.zeros(size, np.int32), np.zeros(0, np.int32)
+        cap = int(config["retrieval"]["history"])
+        numbers(bundle.known, -1, nothing_L, nothing_L.astype(np.int8), target_C, cap=cap, size=size)
     for length in scoring.lengths(bundle):
         for size in scoring.SIZES:
             number_B, weight_B = np.zeros(size, np.int32), np.zeros(size, np.float32)
             history_BL = np.zeros((size, length), np.int32)
             marks_BL = np.zeros((size, length), np.int8) if marked else None
-            batch = CtrBatch(number_B, number_B, weight_B, weight_B, history_BL, history_BL > 0, marks_BL)
+            dense_BJ = np.zeros((size, width), np.float32) if width else None
+            batch = CtrBatch(number_B, number_B, weight_B, weight_B, history_BL, history_BL > 0, marks_BL, dense_BJ)
             objective.score(bundle.model, bundle.params, bundle.statistics, bundle.tables, [batch])
     if len(snapshot.lenders.user_index.user_P):
         lend(snapshot.lenders, config, np.ones((CHUNK, snapshot.lenders.centre_D.shape[0]), np.float32))

@@ -78,7 +78,7 @@ def find_user(
             return found._replace(vector_D=bundle.users.user_UD[number])
     if number >= 0:
         return found._replace(profile=found.profile._replace(lent=scoring.table_lent(bundle, number)))
-    if bundle.manifest["lends"]["method"] == "base":
+    if not bundle.manifest["lends"]["live"]:
         return found
     return found._replace(fallback="unknown_user" if found.cold else "no_vector")
 

@@ -233,6 +233,6 @@ def run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
         except StorageError as error:
             log.warning("%s; trying again", error)
             stop.wait(1.0)
-        except OSError as error:
-            log.warning("%s; trying again", error)  # a full disk, a version removed while it was read
+        except (OSError, ValueError) as error:
+            log.warning("%s; trying again", error)  # a full disk, a version that is damaged or was just removed
             stop.wait(1.0)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from marsjax.ctr import objective
-from marsjax.records import CtrBatch
+from marsjax.records import LOW, NEW, CtrBatch
 from marsjax.serving.bundle import Bundle, item_numbers, user_numbers
+from marsjax.serving.knowledge import dense_width, numbers
 from marsjax.serving.lending import NOTHING, Lent
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,8 @@ def make_batches(bundle: Bundle, rows: Sequence[Row], length: int) -> Iterator[C
     row_B = np.repeat(np.arange(len(rows)), [len(row.target_C) for row in rows])
     target_B = np.concatenate([row.target_C for row in rows]).astype(np.int32)
     label_B = np.concatenate([np.zeros(len(row.target_C)) if row.label_C is None else row.label_C for row in rows])
-    user_B = np.array([row.profile.user for row in rows], np.int32)[row_B] + 1
+    user_B = np.array([shown_user(bundle, row.profile.user) for row in rows], np.int32)[row_B] + 1
+    dense_BJ = _numbers(bundle, rows)
     marked = bundle.manifest["config"]["ctr"]["inputs"] == "strong"
     for begin in range(0, len(row_B), SIZES[-1]):
         part = slice(begin, begin + SIZES[-1])
@@ -158,8 +160,29 @@ def make_batches(bundle: Bundle, rows: Sequence[Row], length: int) -> Iterator[C
         values = (
             user_B[part], target_B[part], label_B[part].astype(np.float32), np.ones(n, np.float32), history_BL,
             borrowed_BL, mark_XL[at_B] * (history_BL > 0) if marked else None,
+            None if dense_BJ is None else dense_BJ[part],
         )  # fmt: skip
         yield CtrBatch(*(None if value is None else _padded(value, size) for value in values))
+
+
+def shown_user(bundle: Bundle, user: int) -> int:
+    """The number that the model sees; -1 for none, where it knows users with few rows by their histories alone."""
+    hidden = bundle.manifest["lends"]["hidden"] and user >= 0 and bundle.users.group_U[user] in (LOW, NEW)
+    return -1 if hidden else user
+
+
+def _numbers(bundle: Bundle, rows: Sequence[Row]) -> np.ndarray | None:
+    if not rows or not dense_width(bundle.known):
+        return None
+    cap, parts = int(bundle.manifest["config"]["retrieval"]["history"]), []
+    for row in rows:
+        for begin in range(0, len(row.target_C), SIZES[-1]):
+            target_C = row.target_C[begin : begin + SIZES[-1]]
+            size = SIZES[int(np.searchsorted(SIZES, len(target_C)))]
+            found = numbers(bundle.known, *row.profile[:3], target_C, cap=cap, size=size)
+            if found is not None:
+                parts.append(found)
+    return np.concatenate(parts) if parts else None
 
 
 def _padded(value: np.ndarray, size: int) -> np.ndarray:
