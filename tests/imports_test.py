@@ -31,8 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": set(),
     # Answers requests with what trained the model: it comes after all of these.
     "serving": {
-        "alignment", "augmentation.mars", "augmentation.posterior", "ctr", "data.histories", "data.priors", "embeddings",
-        "evaluation.page", "retrieval", "training",
+        "alignment", "augmentation.mars", "augmentation.posterior", "ctr", "data.histories", "data.priors",
+        "embeddings", "evaluation.page", "retrieval", "training",
     },
     "provenance": set(),
     "stages": {"provenance"},
