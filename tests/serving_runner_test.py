@@ -42,6 +42,10 @@ def consume(storage, model):
         pass
 
 
+def name(model, number):
+    return str(model.bundle.items.raw_id_N[number])
+
+
 def send(storage, events):
     storage.append([encode_event(event) for event in events])
 
@@ -59,7 +63,8 @@ def test_histories_begin_with_those_of_the_bundle(storage, model):
     bundle = model.bundle
     user = str(bundle.users.raw_user_U[3])
     send(
-        storage, [Event("n1", user, "an item of the future", 1.0, 10**6), Event("n2", user, "i000001", 1.0, 10**6 + 1)]
+        storage,
+        [Event("n1", user, "an item of the future", 1.0, 10**6), Event("n2", user, name(model, 1), 1.0, 10**6 + 1)],
     )
     consume(storage, model)
     (data,) = storage.histories([user])
@@ -67,14 +72,14 @@ def test_histories_begin_with_those_of_the_bundle(storage, model):
     item_L, _ = scoring.own_history(bundle, 3)
     found, mark_L = people.of_entries(bundle, entries)
     np.testing.assert_array_equal(found[:-1], item_L)
-    assert bundle.items.raw_id_N[found[-1]] == "i000001"
+    assert bundle.items.raw_id_N[found[-1]] == name(model, 1)
     assert mark_L[-1] == 2
     assert entries[-2].item == "an item of the future"  # kept for a model that knows it
 
 
 def test_vectors_are_of_the_model_and_of_the_history_as_it_is(storage, model):
     user = str(model.bundle.users.raw_user_U[5])
-    send(storage, [Event("n1", user, "i000002", 1.0, 10**6), Event("n2", "new", "i000003", 1.0, 10**6)])
+    send(storage, [Event("n1", user, name(model, 2), 1.0, 10**6), Event("n2", "new", name(model, 3), 1.0, 10**6)])
     consume(storage, model)
     assert runner.embed_changed(storage, model, count=10) == 2
     assert storage.changed(10) == []
@@ -153,7 +158,7 @@ def test_rows_to_train_on_see_only_what_came_before(storage, model):
         for name, group in zip(model.bundle.users.raw_user_U, model.bundle.users.group_U, strict=True)
         if group == LOW
     )
-    events = [Event(f"r{i}", user, f"i{i + 1:06d}", 1.0, 10**6 + i) for i in range(4)]
+    events = [Event(f"r{i}", user, name(model, i + 1), 1.0, 10**6 + i) for i in range(4)]
     send(storage, events)
     consume(storage, model)
     rows = continuation.make_rows(
@@ -243,7 +248,7 @@ def test_the_runner_runs_follows_and_stops(bundle_folder, storage, model, tmp_pa
     thread.start()
     version = versions.publish(root, bundle_folder, keep=2)
     donor = str(model.bundle.users.raw_user_U[model.bundle.lenders.donors.user_P[0]])
-    send(storage, [*make_events(model.bundle, 20), Event("d", donor, "i000001", 1.0, 10**6)])
+    send(storage, [*make_events(model.bundle, 20), Event("d", donor, name(model, 1), 1.0, 10**6)])
     until = time.monotonic() + 120
     while time.monotonic() < until:
         wanted = snapshots.wanted(root)

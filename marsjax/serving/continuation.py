@@ -113,13 +113,16 @@ def continue_training(
 ) -> str | None:
     """Trains on the events since the last time, and publishes the result; returns the new version, or None.
 
-    An event is trained on once: the manifest says up to which message, and what is acknowledged is not read again.
+    An event is trained on once: the manifest says up to which message, and what is acknowledged is not read again. The
+    events of a candidate that was not published are not tried again.
     """
     if storage.backlog(TRAINER) < settings.least_events:
         return None
     messages = storage.read(TRAINER, count=settings.most_events, wait=0.0)
+    # A runner that died after it had published, and before it had acknowledged, gets the same messages again.
     before = _place(bundle.manifest.get("trained", {}).get("to", "0"))
-    events = [event for message in messages if _place(message.id) > before and (event := _event(message.data))]
+    new = [message for message in messages if message.deliveries == 1 or _place(message.id) > before]
+    events = [event for message in new if (event := _event(message.data))]
     folder = pathlib.Path(root) / FOLDER
     judging = _judges(folder, [event for event in events if is_held_out(event.id, settings.held_out)], settings)
     training = [event for event in events if not is_held_out(event.id, settings.held_out)]
@@ -168,7 +171,11 @@ def _train(
     served = jax.device_get((bundle.params, bundle.statistics))
     state = init_state(served[0], served[1], adamw(optimizer), seed=0)
     manager = checkpoint.open_manager(folder / "state", keep=1)
-    restored = checkpoint.restore_latest(manager, jax.device_get(state))
+    try:
+        restored = checkpoint.restore_latest(manager, jax.device_get(state))
+    except ValueError as error:  # of a bundle of another shape
+        log.warning("the training goes on with fresh moments: %s", error)
+        restored = None
     if restored is not None and restored.meta["version"] == version:
         state = restored.state
     lifted = objective.lifted_step(bundle.model, optimizer, "single")
@@ -177,7 +184,7 @@ def _train(
     length_X = np.array([len(scoring.history(bundle, row)[0]) for row in rows])
     order_X = np.random.default_rng(int(state.step)).permutation(len(rows))
     order_X = order_X[np.argsort(np.searchsorted(bounds, length_X[order_X]), kind="stable")]
-    size = scoring.SIZES[-1]
+    size = min(int(cfg["batch_size"]), scoring.SIZES[-1])
     for begin in range(0, len(rows), size):
         part = [rows[x] for x in order_X[begin : begin + size]]
         longest = max(len(scoring.history(bundle, row)[0]) for row in part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -31,10 +32,12 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path, began = scope["path"], False
+        path, read, began = scope["path"], 0, False
 
         async def sending(message: Any) -> None:
             nonlocal began
+            if read > self._most_bytes and not began:
+                return  # what is said of a body that could not be read; the answer is given below
             if message["type"] == "http.response.start":
                 began = True
                 self._heard(path, message["status"])
@@ -47,7 +50,6 @@ class Limits:
         if length.isdigit() and int(length) > self._most_bytes:
             await _refuse(sending, 413, self._too_large(), [(b"connection", b"close")])
             return
-        read = 0
 
         async def receiving() -> Any:
             nonlocal read
@@ -57,11 +59,11 @@ class Limits:
                 raise TooLarge
             return message
 
-        try:
+        with contextlib.suppress(TooLarge):
             await self._app(scope, receiving, sending)
-        except TooLarge:
-            if not began:
-                await _refuse(sending, 413, self._too_large(), [(b"connection", b"close")])
+        if read > self._most_bytes and not began:
+            read = 0
+            await _refuse(sending, 413, self._too_large(), [(b"connection", b"close")])
 
     def _admits(self, scope: Scope) -> bool:
         if scope["path"] in ("/healthz", "/readyz"):

@@ -27,6 +27,7 @@ from marsjax.serving.vectors import Vector, digest, encode_vector
 log = logging.getLogger(__name__)
 
 SIZE = 64  # users that are embedded at a time
+NOBODY = ""  # no user has this id; the store knows by its vector that a version has been seen
 
 
 class Settings(NamedTuple):
@@ -106,8 +107,15 @@ def embed_changed(storage: Storage, model: Model, *, count: int) -> int:
     if not changed:
         return 0
     stored = storage.histories([item.user for item in changed])
-    known = [(item.user, data) for item, data in zip(changed, stored, strict=True) if data is not None]
-    vector_UD = embed_histories(model.bundle, model.encoder, [decode_history(data) for _, data in known])
+    known, histories = [], []
+    for item, data in zip(changed, stored, strict=True):
+        try:
+            if data is not None:
+                histories.append(decode_history(data))
+                known.append((item.user, data))
+        except ValueError as error:
+            log.warning("user %s gets no vector: %s", item.user, error)
+    vector_UD = embed_histories(model.bundle, model.encoder, histories)
     now = time.time()
     vectors = {
         user: encode_vector(Vector(model.version, vector_D, digest(data), now))
@@ -167,7 +175,9 @@ def follow(root: pathlib.Path, storage: Storage, model: Model | None) -> Model |
     if current is None or (model is not None and model.version == current.version):
         return model
     bundle = load_bundle(versions.folder_of(root, current.version))
-    storage.touch_all()
+    if storage.lookup(NOBODY, current.version)[1] is None:  # else this runner was only started again
+        storage.touch_all()
+        storage.write_vectors(current.version, {NOBODY: b"touched"}, [])
     # The service may still answer with the version before.
     storage.forget_versions([current.version, *current.earlier[-1:]])
     log.info(
