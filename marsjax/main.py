@@ -92,11 +92,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.help:
         arguments.parser.print_help()
         if config is not None:
-            sources = (
-                *([arguments.config.partition(":")[0]] if arguments.config else []),
-                pathlib.Path(__file__).with_name("defaults.py"),
-            )
-            sys.stdout.write(f"\nconfiguration of {arguments.config}:\n{describe(config, *sources)}\n")
+            file = (arguments.config or "the defaults").partition(":")[0]
+            sources = (*([file] if arguments.config else []), pathlib.Path(__file__).with_name("defaults.py"))
+            lines = describe(config, *sources).splitlines()
+            shown = [line for line in lines if not command.serves or line.startswith("  --config.serving.")]
+            sys.stdout.write(f"\nconfiguration of {arguments.config or file}:\n" + "\n".join(shown) + "\n")
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     # Orbax tells every step of a save, and every part of a failure, which is raised and told in one line here.
