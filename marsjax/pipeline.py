@@ -165,7 +165,7 @@ def reproduce(
             changed = with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
             path = workdir / "cells" / f"{cell.name}.json"
             tried = {name: dict(changes) for name, changes in cell.settings.items()}
-            key = fingerprint("cell", dataset.fingerprint, to_json(changed), tried)
+            key = fingerprint("cell", dataset.fingerprint, of_learning(changed), tried)
             known = files.read_json(path) if path.exists() else {}
             if known.get("fingerprint") != key and (asked or cell.name in names):
                 try:
@@ -260,7 +260,7 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
     n_items, features = len(dataset.items.raw_id_N), context.loaded.tables.feature_NF
     serving.write_bundle(
         output,
-        config=to_json(config),
+        config=of_learning(config),
         lends={
             "method": config.export.method,
             "time_safe": augmentation is not None and augmentation.time_safe,
@@ -758,7 +758,7 @@ def run_cell(
         "validation": seen,
         "search": searched,
         "by_length": report.length_rows(results, loaded.rows.train_length_U),
-        "config": to_json(config),
+        "config": of_learning(config),
     }
 
 
@@ -845,6 +845,11 @@ def _tabular(data: ConfigDict) -> Dataset:
         min_user_events=data.min_user_events,
         strict=data.strict,
     )
+
+
+def of_learning(config: ConfigDict) -> dict[str, Any]:
+    """The configuration without its section `serving`: nothing that is learnt depends on it, and it may name a password."""
+    return {name: value for name, value in to_json(config).items() if name != "serving"}
 
 
 def with_changes(config: ConfigDict, changes: Mapping[str, str]) -> ConfigDict:
