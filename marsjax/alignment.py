@@ -192,6 +192,12 @@ class MultimodalEncoder(nn.Module):
         return self.logits(batch.history_BL, batch.target_BT, tables)
 
 
+def make_encoder(settings: Mapping[str, Any], *, n_items: int) -> MultimodalEncoder:
+    """The encoder that `settings` (the section `alignment` of a configuration) describes."""
+    names = ("id_width", "width", "hidden", "normalise", "residual", "keep_values")
+    return MultimodalEncoder(n_items, tuple(settings["modalities"]), **{name: settings[name] for name in names})
+
+
 def apply(encoder: MultimodalEncoder, params: PyTree, *arguments: Any, method: str) -> Any:
     """`encoder.method(*arguments)` with these parameters."""
     return encoder.apply({"params": params}, *arguments, method=method)

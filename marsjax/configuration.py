@@ -51,7 +51,11 @@ def load_config(spec: str, overrides: Mapping[str, str]) -> ConfigDict:
     Raises:
         ValueError: no such file, a file that fails, an unknown variant or key, or a value of the wrong type.
     """
-    config = _run(spec)
+    return with_overrides(_run(spec), overrides)
+
+
+def with_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
+    """Applies overrides to a configuration and locks it; raises as `load_config`."""
     config.lock()
     for key, text in overrides.items():
         override(config, key, text)

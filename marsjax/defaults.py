@@ -181,6 +181,30 @@ def default_config(preset: str = "mars") -> ConfigDict:
     config.export = export = ConfigDict()
     export.method = "mars"  # which of evaluation.methods `marsjax export` bundles
 
+    config.serving = serving = ConfigDict()  # of `marsjax serve` and `marsjax runner`
+    serving.host = "127.0.0.1"  # another address needs MARSJAX_EVENTS_TOKEN and MARSJAX_ADMIN_TOKEN in the environment
+    serving.port = 8080
+    serving.storage = ""  # stream and store: sqlite:PATH or redis://HOST:PORT/DB; "" is sqlite:ROOT/storage.sqlite
+    serving.ttl_days = 30.0  # Redis: values live so long after they were written; longer than bundles are apart
+    serving.deadline_ms = 50.0  # after so long nothing is looked up any more, and the score is the unaugmented one
+    serving.store_deadline_ms = 20.0  # the store has so long to answer a request
+    serving.poll_seconds = 0.5  # between two looks for another version
+    serving.most_candidates = 1000  # of a request
+    serving.most_bytes = 1 << 20  # of a request
+    serving.rate = 1000.0  # requests a second of one client
+    serving.image_folder = ""  # pictures for /explain, named by item id
+    serving.augment = True  # off: scores without what is borrowed, to measure what it costs
+    serving.live = False  # look up anew also what the bundle has an answer for, to measure what that costs
+    serving.cache = True  # remember what users borrow
+    serving.keep = 5  # published versions
+    serving.batch = 1000  # runner: events, and users, at a time
+    serving.lenders_seconds = 300.0  # runner: between two indexes of donors; 0 builds none
+    serving.rebuild_hour = 3  # runner: hour of the day after which all is made anew; -1: never
+    serving.train_seconds = 1200.0  # runner: between two continuations of the training; 0: none
+    serving.train_events = 500  # runner: fewer new events wait for the next time
+    serving.train_rate = 0.1  # runner: of the learning rate that the model was trained with
+    serving.margin = 0.002  # runner: log loss by which a candidate may be worse than what is served
+
     if preset == "paper":
         alignment.normalise = False  # nothing in Eqs. 3-8 normalises
         alignment.residual = False  # Eq. 11 as printed

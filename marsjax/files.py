@@ -60,6 +60,16 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
                 os.unlink(partial)
 
 
+def copy_file(source: pathlib.Path, path: pathlib.Path) -> None:
+    """Copies a file; one that was copied is a file of its own.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
+
+
 @contextlib.contextmanager
 def write_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives an empty folder beside `folder` to write into, which takes its place where the block ends well.
@@ -143,6 +153,14 @@ def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
         _refuse_objects(name, np.asarray(array))
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    write_bytes(path, buffer.getvalue())
+
+
+def write_array(path: pathlib.Path, array: np.ndarray) -> None:
+    """Writes an .npy, which can be read without being loaded. Arrays of Python objects raise ValueError."""
+    _refuse_objects(path.name, array)
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
     write_bytes(path, buffer.getvalue())
 
 

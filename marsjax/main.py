@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from marsjax import __version__
 from marsjax.allocator import keep_freed_memory
-from marsjax.configuration import describe, load_config, split_overrides
+from marsjax.configuration import describe, load_config, split_overrides, with_overrides
+from marsjax.defaults import default_config
 
 
 class Command(NamedTuple):
@@ -23,6 +24,7 @@ class Command(NamedTuple):
     details: str
     flags: tuple[str, ...] = ()
     needs_config: bool = True
+    serves: bool = False  # reads the section `serving` alone, so that the defaults do without a file
 
 
 # fmt: off
@@ -50,6 +52,17 @@ COMMANDS = {
     "score": Command("score requests (JSON lines) with a bundle",
                      "Needs no configuration: the bundle holds the one it was trained with.",
                      ("bundle", "requests", "output"), False),
+    "publish": Command("make a bundle the one that is served from --root",
+                       "Copies it into --root, points to it and removes old versions.", ("bundle", "root"),
+                       serves=True),
+    "rollback": Command("serve the version again that was served before", "Nothing is removed.", ("root",),
+                        serves=True),
+    "serve": Command("answer requests over HTTP with what --root serves",
+                     "POST /v1/score, /v1/augment, /v1/events; GET /healthz, /readyz, /metrics, /explain, "
+                     "/openapi.json. Follows what is published without a restart.", ("root",), serves=True),
+    "runner": Command("take events into histories, user vectors, donors and the model",
+                      "Beside `marsjax serve`, with the same --root and config.serving.storage.", ("root",),
+                      serves=True),
 }
 # fmt: on
 FLAG_HELP = {
@@ -57,6 +70,7 @@ FLAG_HELP = {
     "quick": "a small version: some users, one seed, one epoch, few cells",
     "parts": "run these alone, joined by commas: table1, table2_ids, sparse_strong, ... (default: all)",
     "bundle": "folder that `marsjax export` wrote",
+    "root": "folder of published versions, and of what serving writes",
     "requests": 'JSON lines: {"user": ID, "items": [ID, ...]}, and if you like "history": [ID, ...] and "time": NUMBER',
 }
 
@@ -68,7 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         arguments = make_parser().parse_args(words or ["--help"])
         command, config = COMMANDS[arguments.command], None
         if command.needs_config and arguments.config:
-            config = load_config(arguments.config, overrides | ({"data.strict": "true"} if arguments.strict else {}))
+            strict = {"data.strict": "true"} if getattr(arguments, "strict", False) else {}
+            config = load_config(arguments.config, overrides | strict)
+        elif command.serves:
+            config = with_overrides(default_config(), overrides)
         elif command.needs_config and not arguments.help:
             raise ValueError("expected --config=FILE[:VARIANT], such as --config=configs/synthetic.py; found none")
         elif overrides:
@@ -78,8 +95,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.help:
         arguments.parser.print_help()
         if config is not None:
-            sources = (arguments.config.partition(":")[0], pathlib.Path(__file__).with_name("defaults.py"))
-            sys.stdout.write(f"\nconfiguration of {arguments.config}:\n{describe(config, *sources)}\n")
+            file = (arguments.config or "the defaults").partition(":")[0]
+            sources = (*([file] if arguments.config else []), pathlib.Path(__file__).with_name("defaults.py"))
+            lines = describe(config, *sources).splitlines()
+            shown = [line for line in lines if not command.serves or line.startswith("  --config.serving.")]
+            sys.stdout.write(f"\nconfiguration of {arguments.config or file}:\n" + "\n".join(shown) + "\n")
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     # Orbax tells every step of a save, and every part of a failure, which is raised and told in one line here.
@@ -88,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         pipeline = importlib.import_module("marsjax.pipeline")  # here, so that --help answers at once
-        positional = (config, arguments.workdir) if command.needs_config else ()
+        positional = (config,) if command.serves else (config, arguments.workdir) if command.needs_config else ()
         flags = {flag: getattr(arguments, flag) for flag in command.flags}
         if arguments.command in ("run", "reproduce"):
             flags["command"] = shlex.join(["marsjax", *(sys.argv[1:] if argv is None else argv)])
@@ -121,14 +141,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=f"marsjax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        example = "--config=configs/synthetic.py" if command.needs_config else "--bundle=DIR --requests=FILE.jsonl"
+        example = (
+            "--root=DIR"
+            if command.serves
+            else "--config=configs/synthetic.py"
+            if command.needs_config
+            else "--bundle=DIR --requests=FILE.jsonl"
+        )
         about = f"{command.summary[0].upper()}{command.summary[1:]}. {command.details}"
         keys = "; with --config=FILE also every configuration key" if command.needs_config else ""
         sub = commands.add_parser(name, help=command.summary, description=about, add_help=False, allow_abbrev=False,
                                   epilog=f"example: marsjax {name} {example}")  # fmt: skip
         sub.set_defaults(parser=sub)
         sub.add_argument("-h", "--help", action="store_true", help=f"this text{keys}")
-        if command.needs_config:
+        if command.serves:
+            sub.add_argument("--config", metavar="FILE[:VARIANT]", help="Python file; its section `serving` counts")
+            sub.add_argument(
+                "--config.serving.KEY", metavar="VALUE", help="overrides one value of it or of the defaults"
+            )
+        elif command.needs_config:
             sub.add_argument("--config", metavar="FILE[:VARIANT]", help="Python file with get_config(variant)")
             sub.add_argument("--config.KEY", metavar="VALUE", help="overrides one value of it")
             sub.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/default"), metavar="DIR",

@@ -7,7 +7,10 @@ import functools
 import logging
 import math
 import pathlib
+import platform
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
@@ -19,7 +22,7 @@ from ml_collections import ConfigDict
 from marsjax import alignment, embeddings, files, retrieval, study
 from marsjax.augmentation import baselines, mars, posterior, table, votes
 from marsjax.augmentation.donors import find_donors
-from marsjax.augmentation.methods import METHODS, Offer, Treatment
+from marsjax.augmentation.methods import METHODS, Offer, Treatment, opinions
 from marsjax.augmentation.operators import Mode
 from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import check_choices, fingerprint, override, to_json
@@ -36,7 +39,7 @@ from marsjax.data.microlens import load_microlens, microlens_content
 from marsjax.data.mind import load_mind, mind_content
 from marsjax.data.movielens import load_movielens, movielens_content
 from marsjax.data.permutation import permute_features, permute_labels
-from marsjax.data.priors import prior_numbers
+from marsjax.data.priors import item_counts, prior_numbers
 from marsjax.data.sampling import sample_users
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import latent_items, make_synthetic
@@ -68,6 +71,9 @@ from marsjax.records import (
     Rows,
 )
 from marsjax.serving import bundle as serving
+from marsjax.serving import continuation, knowledge, lending, scoring, versions
+from marsjax.serving import runner as offline
+from marsjax.serving import storage as storing
 from marsjax.serving.requests import read_requests, write_scores
 from marsjax.stages import Stages
 from marsjax.training import checkpoint, loop
@@ -187,7 +193,7 @@ def reproduce(
             changed = with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
             path = workdir / "cells" / f"{cell.name}.json"
             tried = {name: dict(changes) for name, changes in cell.settings.items()}
-            key = fingerprint("cell", dataset.fingerprint, to_json(changed), tried)
+            key = fingerprint("cell", dataset.fingerprint, of_learning(changed), tried)
             known = files.read_json(path) if path.exists() else {}
             if known.get("fingerprint") != key and (asked or cell.name in names):
                 try:
@@ -266,27 +272,32 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             f"export: expected split.sparse_fraction=0, found {config.split.sparse_fraction}; a bundle serves whole "
             "histories, and no model was trained on those of the sparse users"
         )
-    if config.ctr.inputs != "ids" or METHODS[config.export.method].offline:
+    if METHODS[config.export.method].offline:
         served = ", ".join(name for name, method in METHODS.items() if not method.offline)
         raise ValueError(
-            f"export: expected ctr.inputs=ids and one of {served}, found {config.ctr.inputs} and "
-            f"{config.export.method}; a bundle holds no marks, rates, votes or opinions to score with yet"
+            f"export.method: expected one of {served}, found {config.export.method}; a bundle does not hold what it "
+            "needs of a row"
         )
     context = Context(config, load(config, workdir=workdir), Stages(workdir), config.seeds[0])
     space = align_stage(context)
     vectors, _ = embed_stage(context, space)
     donation = augment_stage(context, space, vectors)
     trained = train_stage(context, donation, config.export.method)
-    augmentation = treat(context, donation, config.export.method).augmentation
-    donor_PD = vectors.user_UD[donation.donors.user_P]
-    centre_D = centre_of(config, donor_PD)
+    treatment = treat(context, donation, config.export.method)
+    augmentation = treatment.augmentation
     dataset, rows = context.loaded.dataset, context.loaded.rows
+    low_U = (rows.group_U == LOW) & (rows.train_length_U > 0)
+    n_items, features = len(dataset.items.raw_id_N), context.loaded.tables.feature_NF
     serving.write_bundle(
         output,
-        config=to_json(config),
-        blanked={
+        config=of_learning(config),
+        lends={
+            "method": config.export.method,
             "time_safe": augmentation is not None and augmentation.time_safe,
             "drop_target": augmentation is not None and augmentation.drop_target,
+            "live": METHODS[config.export.method].live,
+            "hidden": treatment.hidden_E is not None,
+            "longest": int((rows.histories.train_end_U - rows.histories.start_U1[:-1])[low_U].max(initial=0)),
         },
         counts=counts(context.loaded, config.export.method),
         users=serving.latest_users(dataset.log, rows, augmentation, vectors.user_UD),
@@ -295,12 +306,14 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             title_N=dataset.items.title_N,
             category_NG=dataset.items.category_NG,
             item_ND=vectors.item_ND,
+            feature_NF=np.zeros((n_items, 0), np.float32) if features is None else features,
         ),
         ctr={"params": trained.params, "statistics": trained.statistics},
-        alignment=space.params,
-        donors=donation.donors._asdict() | {"centre_D": centre_D},
-        write_index=lambda folder: retrieval.save_index(
-            retrieval.build_index(donor_PD - centre_D, donation.donors.user_P), folder
+        space=serving.Encoder(space.encoder, space.params, space.tables),
+        lenders=lenders_of(context, space, vectors, donation.donors),
+        known=knowledge.make_knowledge(
+            None if context.loaded.inputs.dense_EJ is None else item_counts(dataset.log, rows, n_items=n_items),
+            treatment.opinions,
         ),
     )
     say(
@@ -315,8 +328,70 @@ def score(*, bundle: pathlib.Path | None, requests: pathlib.Path | None, output:
         raise ValueError(f"score: expected --bundle=DIR and --requests=FILE, found no {' and no '.join(missing)}")
     asked = read_requests(requests)
     output = output or requests.with_suffix(".scores.jsonl")
-    write_scores(output, asked, serving.score(serving.load_bundle(bundle), asked))
+    write_scores(output, asked, scoring.score(serving.load_bundle(bundle), asked))
     say(f"{len(asked)} requests scored: {output}")
+
+
+def publish(config: ConfigDict, *, bundle: pathlib.Path | None, root: pathlib.Path | None) -> None:
+    """Makes a bundle the one that is served."""
+    bundle, root = _given("publish", bundle=bundle, root=root)
+    version = versions.publish(root, bundle, keep=config.serving.keep)
+    say(f"{version} is served from {root}")
+
+
+def rollback(config: ConfigDict, *, root: pathlib.Path | None) -> None:
+    """Makes the version before the one that is served."""
+    (root,) = _given("rollback", root=root)
+    say(f"{versions.rollback(root)} is served from {root}")
+
+
+def serve(config: ConfigDict, *, root: pathlib.Path | None) -> None:
+    """Answers requests over HTTP until it is stopped."""
+    (root,) = _given("serve", root=root)
+    try:
+        from marsjax.serving import service
+    except ImportError as error:
+        raise ImportError(f"marsjax serve needs the extra `serve`: pip install marsjax[serve] ({error})") from error
+    cfg = config.serving
+    settings = service.Settings(
+        root=root,
+        host=cfg.host,
+        port=cfg.port,
+        deadline=cfg.deadline_ms / 1000,
+        store_deadline=cfg.store_deadline_ms / 1000,
+        poll=cfg.poll_seconds,
+        most_candidates=cfg.most_candidates,
+        most_bytes=cfg.most_bytes,
+        rate=cfg.rate,
+        image_folder=cfg.image_folder,
+        augment=cfg.augment,
+        live=cfg.live,
+        cache=cfg.cache,
+    )
+    storage = _storage(config, root, timeout=max(settings.store_deadline, 0.001), writes=True)
+    service.make_server(settings, storage).run()
+
+
+def runner(config: ConfigDict, *, root: pathlib.Path | None) -> None:
+    """Takes events into histories, vectors, donors and the model until it is stopped."""
+    (root,) = _given("runner", root=root)
+    cfg, stop = config.serving, threading.Event()
+    settings = offline.Settings(
+        root=root,
+        batch=cfg.batch,
+        lenders_seconds=cfg.lenders_seconds,
+        rebuild_hour=cfg.rebuild_hour,
+        train_seconds=cfg.train_seconds,
+        training=continuation.Settings(least_events=cfg.train_events, rate=cfg.train_rate, margin=cfg.margin),
+        keep=cfg.keep,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    storage = _storage(config, root, timeout=5.0)
+    try:
+        offline.run(settings, storage, stop)
+    finally:
+        storage.close()
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -509,16 +584,7 @@ def align_stage(context: Context) -> Space:
     config, loaded, stages, seed = context
     cfg = config.alignment
     tables = jax.device_put(alignment.feature_tables(loaded.dataset.items, tuple(cfg.modalities)))
-    encoder = alignment.MultimodalEncoder(
-        n_items=len(loaded.dataset.items.raw_id_N),
-        modalities=tuple(cfg.modalities),
-        id_width=cfg.id_width,
-        width=cfg.width,
-        hidden=cfg.hidden,
-        normalise=cfg.normalise,
-        residual=cfg.residual,
-        keep_values=cfg.keep_values,
-    )
+    encoder = alignment.make_encoder(to_json(cfg), n_items=len(loaded.dataset.items.raw_id_N))
     settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip)
     sign = alignment.ENTROPY_SIGNS[cfg.entropy_sign]
     weights = alignment.AlignmentLoss(cfg.beta, cfg.lambda_, sign, cfg.eta, cfg.estimator, cfg.objective)
@@ -781,7 +847,7 @@ def run_cell(
         "validation": seen,
         "search": searched,
         "by_length": report.length_rows(results, loaded.rows.train_length_U),
-        "config": to_json(config),
+        "config": of_learning(config),
     }
 
 
@@ -980,6 +1046,11 @@ def _path(name: str) -> pathlib.Path | None:
     return pathlib.Path(name) if name else None
 
 
+def of_learning(config: ConfigDict) -> dict[str, Any]:
+    """The configuration without its section `serving`: nothing that is learnt depends on it, and it may name a password."""
+    return {name: value for name, value in to_json(config).items() if name != "serving"}
+
+
 def with_changes(config: ConfigDict, changes: Mapping[str, str]) -> ConfigDict:
     """A copy with some values changed, as by flags."""
     changed = copy.deepcopy(config)
@@ -1108,6 +1179,25 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
     return tuple(out)
 
 
+def _given(command: str, **paths: pathlib.Path | None) -> tuple[pathlib.Path, ...]:
+    """The flags of a command, all of which must be given."""
+    missing = [f"--{name}" for name, path in paths.items() if path is None]
+    if missing:
+        needed = " and ".join(f"--{name}=DIR" for name in paths)
+        raise ValueError(f"{command}: expected {needed}, found no {' and no '.join(missing)}")
+    return tuple(path for path in paths.values() if path is not None)
+
+
+def _storage(config: ConfigDict, root: pathlib.Path, *, timeout: float, writes: bool = False) -> storing.Storage:
+    url = config.serving.storage or f"sqlite:{root / 'storage.sqlite'}"
+    # A writer of SQLite may have to wait for another one; a reader never does.
+    timeout = max(timeout, 5.0) if writes and url.startswith("sqlite:") else timeout
+    # A runner that starts again on its machine goes on with what it had not acknowledged.
+    return storing.open_storage(
+        url, timeout=timeout, ttl=config.serving.ttl_days * 86400, consumer=platform.node() or "runner"
+    )
+
+
 SOURCES = {
     "synthetic": _synthetic,
     "movielens": _movielens,
@@ -1121,6 +1211,33 @@ SOURCES = {
 def centre_of(config: ConfigDict, donor_PD: np.ndarray) -> np.ndarray:
     """What is subtracted from users and items before a cosine: the donors' mean, or nothing (the literal Eq. 15)."""
     return donor_PD.mean(axis=0) if config.retrieval.centre else np.zeros(donor_PD.shape[1], np.float32)
+
+
+def lenders_of(context: Context, space: Space, vectors: Embeddings, donors: Donors) -> lending.Lenders:
+    """The donors as a service needs them, with all that it looks up anew."""
+    config, rows = context.config, context.loaded.rows
+    donor_PD = vectors.user_UD[donors.user_P]
+    centre_D = centre_of(config, donor_PD)
+    vector_PLD = None
+    if config.augmentation.vectors == "contextual":
+        vector_PLD = embeddings.contextual_vectors(space.encoder, space.params, space.tables, donors.item_PL)
+    width = donors.item_PL.shape[1]
+    lent = Borrowed(
+        start_Q1=np.arange(len(donors.user_P) + 1) * width,
+        item_S=donors.item_PL.ravel(),
+        time_S=donors.time_PL.ravel(),
+        donor_S=np.repeat(donors.user_P, width),
+        similarity_S=np.zeros(donors.item_PL.size, np.float32),
+    )
+    mark_S = opinions(context.loaded.dataset.log, rows, lent, n_items=len(vectors.item_ND))
+    return lending.Lenders(
+        donors=donors,
+        mark_PL=mark_S.reshape(donors.item_PL.shape),
+        centre_D=centre_D,
+        vector_PLD=vector_PLD,
+        item_ND=vectors.item_ND,
+        user_index=retrieval.build_index(donor_PD - centre_D, donors.user_P),
+    )
 
 
 def predictions_of(

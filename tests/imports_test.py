@@ -29,7 +29,11 @@ ALLOWED: dict[str, set[str]] = {
     "augmentation": {"data.histories", "progress"},
     "ctr": {"training.optimizer", "training.sharding", "training.step"},
     "evaluation": set(),
-    "serving": {"ctr", "training.checkpoint"},
+    # Answers requests with what trained the model: it comes after all of these.
+    "serving": {
+        "alignment", "augmentation.mars", "augmentation.posterior", "ctr", "data.histories", "data.priors",
+        "embeddings", "evaluation.page", "retrieval", "training",
+    },
     "provenance": set(),
     "stages": {"provenance"},
     "configuration": set(),
@@ -39,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "alignment", "augmentation", "configuration", "ctr", "data", "embeddings", "evaluation", "features", "progress",
         "provenance", "retrieval", "serving", "stages", "study", "training",
     },
-    "main": {"allocator", "configuration"},  # and the pipeline, by importlib once the flags are read
+    "main": {"allocator", "configuration", "defaults"},  # and the pipeline, by importlib once the flags are read
 }  # fmt: skip
 
 # Packages that only the files behind which they are hidden may import.
@@ -52,6 +56,7 @@ ONLY_IN = {
 CORE = {"jax", "flax", "optax", "numpy", "scipy", "rich", "absl", *ONLY_IN}
 EXTRAS = {
     "PIL",
+    "flatbuffers",
     "pyarrow",
     "huggingface_hub",
     "safetensors",
@@ -60,6 +65,13 @@ EXTRAS = {
     "torch",
     "transformers",
 }  # may be missing, so imported inside the function that uses them
+# Files that are made of one optional extra, so that they name its packages at their top; they themselves are imported
+# inside the function that needs them, or by one another.
+MADE_OF = {
+    "serving/service.py": {"fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client"},
+    "serving/measures.py": {"prometheus_client"},
+    "serving/redis_storage.py": {"redis"},
+}
 
 
 class Import(NamedTuple):
@@ -102,6 +114,11 @@ def refusals(name: str, source: str) -> list[str]:
             reason = (
                 "" if any(f"{inner}.".startswith(f"{target}.") for target in targets) else "not an arrow of ALLOWED"
             )
+            made = any(f"{inner}.".startswith(file.removesuffix(".py").replace("/", ".") + ".") for file in MADE_OF)
+            if made and not in_function and name not in MADE_OF:
+                reason = "made of an optional extra, outside a function"
+        elif top in MADE_OF.get(name, ()):
+            reason = ""
         elif top in EXTRAS:
             reason = "" if in_function else "an optional package outside a function"
         elif name not in ONLY_IN.get(top, {name}):
@@ -161,6 +178,9 @@ def test_nothing_is_imported_by_a_string_but_the_pipeline():
         ("data/tabular.py", "import pyarrow", "outside a function"),
         ("data/tabular.py", "try:\n    import pyarrow\nexcept ImportError:\n    pass", "outside a function"),
         ("stein.py", "import sklearn", "neither in the core"),
+        ("pipeline.py", "from marsjax.serving import service", "made of an optional extra"),
+        ("serving/storage.py", "from marsjax.serving.redis_storage import RedisStorage", "made of an optional extra"),
+        ("serving/engine.py", "import fastapi", "neither in the core"),
     ],
 )
 def test_a_forbidden_import_is_seen(name, source, reason):
@@ -175,6 +195,8 @@ def test_a_forbidden_import_is_seen(name, source, reason):
         ("serving/bundle.py", "from marsjax import __version__, files\nfrom marsjax.training import checkpoint"),
         ("training/checkpoint.py", "import orbax.checkpoint as ocp"),
         ("data/tabular.py", "def f():\n    try:\n        import pyarrow.csv\n    except ImportError:\n        pass"),
+        ("serving/service.py", "import uvicorn\nfrom marsjax.serving.measures import Measures"),
+        ("pipeline.py", "def serve():\n    from marsjax.serving import service"),
         ("pipeline.py", "import jax, json\nfrom marsjax.data import batches"),
     ],
 )

@@ -89,8 +89,18 @@ def test_help_of_a_command_has_usage_flags_and_an_example(name, capsys):
     assert f"usage: marsjax {name}" in out
     assert f"example: marsjax {name} --" in out
     expected = ["--config FILE", "--workdir", "--strict"] if main.COMMANDS[name].needs_config else ["--bundle"]
+    expected = ["--config FILE", "--config.serving.port=8080"] if main.COMMANDS[name].serves else expected
     for flag in [*expected, *(f"--{flag}" for flag in main.COMMANDS[name].flags)]:
         assert flag in out
+
+
+def test_serving_needs_no_file_and_takes_one(config_file, tmp_path, pipeline):
+    assert call("publish", "--bundle=b", f"--root={tmp_path}", "--config.serving.keep=2") == 0
+    assert call("serve", f"--root={tmp_path}", f"--config={config_file}:small", "--config.serving.port=9") == 0
+    ((config,), flags), ((of_file,), _) = pipeline.calls
+    assert (config.serving.keep, flags["root"], str(flags["bundle"])) == (2, tmp_path, "b")
+    assert (of_file.serving.port, of_file.ctr.batch_size) == (9, 8)
+    assert call("serve", "--config.serving.ports=1") == 2
 
 
 def test_every_command_is_a_function_of_the_pipeline():

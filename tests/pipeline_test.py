@@ -27,6 +27,7 @@ from marsjax.data.synthetic import make_synthetic
 from marsjax.defaults import default_config
 from marsjax.records import HIGH, LOW, TEST, Borrowed
 from marsjax.serving import bundle as serving
+from marsjax.serving import scoring
 from marsjax.stages import Stages
 
 SMALL = {
@@ -166,11 +167,11 @@ def test_bundle_gives_the_same_scores_in_a_new_process(workdir, exported, tmp_pa
 def test_unknown_users_score_and_unknown_items_are_named(exported):
     bundle = serving.load_bundle(exported)
     item = str(bundle.items.raw_id_N[3])
-    (stranger,) = serving.score(bundle, [serving.Request("nobody", (item, item))])
+    (stranger,) = scoring.score(bundle, [scoring.Request("nobody", (item, item))])
     assert np.isfinite(stranger).all()
     assert stranger[0] == stranger[1]
     with pytest.raises(ValueError, match="request 2: expected items that the bundle knows, found 'gone'"):
-        serving.score(bundle, [serving.Request("nobody", (item,)), serving.Request("nobody", (item, "gone"))])
+        scoring.score(bundle, [scoring.Request("nobody", (item,)), scoring.Request("nobody", (item, "gone"))])
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "remove", "add", "manifest"])
@@ -332,11 +333,11 @@ def test_manifest_that_was_changed_is_refused(exported, tmp_path, change):
     if change == "cap":
         manifest["config"]["ctr"]["cap"] = 2
     manifest = {"format": 1} if change == "format" else manifest
-    manifest = {"format": 2} if change == "sum" else manifest
+    manifest = {"format": 3} if change == "sum" else manifest
     if change == "counts":
         del manifest["counts"]
     path.write_text(json.dumps(manifest))
-    expected = "bundle of format 2, found 1" if change == "format" else "content of sha256"
+    expected = "bundle of format 3, found 1" if change == "format" else "content of sha256"
     with pytest.raises(ValueError, match=f"manifest.json: expected a {expected}.*export it again"):
         serving.load_bundle(tmp_path / "bundle")
 
@@ -548,21 +549,21 @@ def test_bundle_blanks_what_its_method_blanks(workdir, tmp_path, method):
     user = int(np.argmax(np.diff(users.borrowed_U1)))
     lent = slice(users.borrowed_U1[user], users.borrowed_U1[user + 1])
     times, target = users.borrowed_time_S[lent], users.borrowed_item_S[lent][:1]
-    request = serving.Request(str(users.raw_user_U[user]), (str(bundle.items.raw_id_N[target[0]]),))
+    request = scoring.Request(str(users.raw_user_U[user]), (str(bundle.items.raw_id_N[target[0]]),))
     nobody = bundle._replace(users=users._replace(borrowed_U1=np.zeros_like(users.borrowed_U1)))
     only_target = users._replace(
         borrowed_U1=np.where(np.arange(len(users.borrowed_U1)) > user, 1, 0),
         borrowed_item_S=target,
         borrowed_time_S=times[:1],
     )
-    unlent = serving.score(nobody, [request])[0]
+    unlent = scoring.score(nobody, [request])[0]
     if method == "mars_without_target":  # all that is lent is the target: as if nothing were
-        np.testing.assert_array_equal(serving.score(bundle._replace(users=only_target), [request])[0], unlent)
+        np.testing.assert_array_equal(scoring.score(bundle._replace(users=only_target), [request])[0], unlent)
     else:  # everything is later than the request: as if nothing were lent; at the end of time it is not
         early, late = (request._replace(time=int(t)) for t in (times.min() - 1, times.max()))
-        np.testing.assert_array_equal(serving.score(bundle, [early])[0], unlent)
-        assert serving.score(bundle, [late])[0] != unlent
-        assert serving.score(bundle._replace(users=only_target), [late])[0] != unlent
+        np.testing.assert_array_equal(scoring.score(bundle, [early])[0], unlent)
+        assert scoring.score(bundle, [late])[0] != unlent
+        assert scoring.score(bundle._replace(users=only_target), [late])[0] != unlent
 
 
 def test_bundle_of_a_model_with_a_mask_scores_as_the_run(workdir, tmp_path):
@@ -578,9 +579,9 @@ def test_bundle_of_a_model_with_a_mask_scores_as_the_run(workdir, tmp_path):
     for event in test_E:
         own = rows.histories.item_H[rows.histories.start_E[event] : rows.histories.end_E[event]]
         user, item = str(log.raw_user_U[rows.user_E[event]]), str(bundle.items.raw_id_N[log.item_E[event]])
-        requests.append(serving.Request(user, (item,), tuple(bundle.items.raw_id_N[own])))
+        requests.append(scoring.Request(user, (item,), tuple(bundle.items.raw_id_N[own])))
     (folder,) = (workdir / "stages").glob("cmr-*")
-    found = np.concatenate(serving.score(bundle, requests))
+    found = np.concatenate(scoring.score(bundle, requests))
     np.testing.assert_allclose(found, np.load(folder / "scores.npz")["test"][:20], atol=1e-6)
 
 
@@ -592,14 +593,14 @@ def test_sparse_users_are_not_exported(workdir, tmp_path):
 def test_unknown_history_items_are_counted(exported, caplog):
     bundle = serving.load_bundle(exported)
     item = str(bundle.items.raw_id_N[3])
-    serving.score(bundle, [serving.Request("nobody", (item,), history=("gone", item, "lost"))])
+    scoring.score(bundle, [scoring.Request("nobody", (item,), history=("gone", item, "lost"))])
     assert "2 history items of the requests are unknown" in caplog.text
 
 
 def test_bundles_never_change(exported, workdir):
     with pytest.raises(ValueError, match="does not exist yet"):
         pipeline.export(small_config(), workdir, output=exported)
-    assert serving.load_bundle(exported).manifest["format"] == 2
+    assert serving.load_bundle(exported).manifest["format"] == 3
 
 
 @pytest.mark.parametrize(
@@ -751,3 +752,32 @@ def test_no_key_hides_behind_a_method_of_the_configuration():
     for section in config.values():
         if isinstance(section, ConfigDict):
             assert not [key for key in section if hasattr(ConfigDict, key)]
+
+
+@pytest.mark.parametrize(
+    ("method", "inputs"), [("mars", "strong"), ("mars_posterior", "ids"), ("mars_short_posterior", "strong")]
+)
+def test_bundles_hold_what_strong_models_and_opinions_read(workdir, tmp_path, method, inputs):
+    """The test rows with the histories before them score as in the run. All of them are later than what was trained on,
+    as a service's requests are."""
+    config = small_config(**{"export.method": method, "ctr.inputs": inputs, "split.kind": "global_time"})
+    pipeline.export(config, workdir, output=tmp_path / "bundle")
+    bundle = serving.load_bundle(tmp_path / "bundle")
+    context = pipeline.Context(config, pipeline.load(config), Stages(workdir), 0)
+    trained = pipeline.train_stage(context, pipeline.borrow(context), method)
+    log, rows, histories = context.loaded.dataset.log, context.loaded.rows, context.loaded.rows.histories
+    asked = []
+    for event in np.flatnonzero(rows.split_E == TEST):
+        user, own = int(rows.user_E[event]), slice(histories.start_E[event], histories.end_E[event])
+        marks = scoring.marks(histories.label_H[own])
+        profile = scoring.Profile(user, histories.item_H[own], marks, scoring.table_lent(bundle, user))
+        asked.append(scoring.Row(profile, log.item_E[event : event + 1], int(log.time_E[event])))
+    found = np.concatenate(scoring.score_rows(bundle, asked))
+    np.testing.assert_allclose(found, trained.predictions.score_B, atol=2e-6)
+    assert np.ptp(found) > 0.01
+    many = asked[0]._replace(target_C=np.arange(1, 40, dtype=np.int32))
+    (together,) = scoring.score_rows(bundle, [many])
+    alone = np.concatenate(
+        [scoring.score_rows(bundle, [many._replace(target_C=many.target_C[c : c + 1])])[0] for c in (0, 38)]
+    )
+    np.testing.assert_allclose(together[[0, 38]], alone, atol=1e-6)

@@ -54,6 +54,7 @@ class Treatment(NamedTuple):
     hidden_E: np.ndarray | None = None  # [E] bool, events whose user id is not shown
     viewing: Viewing | None = None  # views of the own histories of training rows
     objective: Objective | None = None  # a loss on the views, beside the click loss
+    opinions: posterior.Opinions | None = None  # what `dense_EJ` was worked out from, for those who serve
 
 
 def base(offer: Offer) -> Treatment:
@@ -109,7 +110,8 @@ def hidden_ids(offer: Offer) -> Treatment:
 def mars_short_posterior(offer: Offer) -> Treatment:
     """Short histories, and what is to be expected given these."""
     shorter, treatment = shorten(offer)
-    return treatment._replace(dense_EJ=mars_posterior(shorter).dense_EJ)
+    expected = mars_posterior(shorter)
+    return treatment._replace(dense_EJ=expected.dense_EJ, opinions=expected.opinions)
 
 
 def mars_short_posterior_and_items(offer: Offer) -> Treatment:
@@ -171,7 +173,8 @@ def collaborative_donor(offer: Offer) -> Treatment:
 def collaborative_short_posterior(offer: Offer) -> Treatment:
     """Control: as `mars_short_posterior`, without the aligned space."""
     shorter, treatment = shorten(offer)
-    return treatment._replace(dense_EJ=collaborative_posterior(shorter).dense_EJ)
+    expected = collaborative_posterior(shorter)
+    return treatment._replace(dense_EJ=expected.dense_EJ, opinions=expected.opinions)
 
 
 def random_donor(offer: Offer) -> Treatment:
@@ -224,6 +227,7 @@ class Method(NamedTuple):
     borrows: bool = True  # reads what MARS does, its vectors, donors or budget
     baseline: bool = False  # reads `Offer.baselines`
     posterior: bool = False  # reads `Offer.posterior`
+    live: bool = False  # lends what MARS looks up, so a service can look it up anew
     offline: bool = False  # needs of a row what a bundle does not hold
 
 
@@ -242,24 +246,24 @@ METHODS: dict[str, Method] = {
     "base": Method(base, borrows=False),
     "random_donor": Method(random_donor),
     "popular_items": Method(popular_items),
-    "mars": Method(mars),
-    "mars_time_safe": Method(mars_time_safe),
-    "mars_without_target": Method(mars_without_target),
+    "mars": Method(mars, live=True),
+    "mars_time_safe": Method(mars_time_safe, live=True),
+    "mars_without_target": Method(mars_without_target, live=True),
     "mars_vote": Method(mars_vote, numbers=2, offline=True),
     "mars_vote_time_safe": Method(mars_vote_time_safe, numbers=2, offline=True),
     "mars_vote_and_items": Method(mars_vote_and_items, numbers=2, offline=True),
-    "mars_posterior": Method(mars_posterior, numbers=2, posterior=True, offline=True),
+    "mars_posterior": Method(mars_posterior, numbers=2, posterior=True),
     "mars_train_only": Method(mars_train_only, offline=True),
     "mars_test_only": Method(mars_test_only, offline=True),
-    "hidden_ids": Method(hidden_ids, borrows=False, offline=True),
-    "short_histories": Method(short_histories, offline=True),
+    "hidden_ids": Method(hidden_ids, borrows=False),
+    "short_histories": Method(short_histories),
     "mars_short_vote": Method(mars_short_vote, numbers=2, offline=True),
-    "mars_short_posterior": Method(mars_short_posterior, numbers=2, posterior=True, offline=True),
-    "mars_short_posterior_and_items": Method(mars_short_posterior_and_items, numbers=2, posterior=True, offline=True),
+    "mars_short_posterior": Method(mars_short_posterior, numbers=2, posterior=True),
+    "mars_short_posterior_and_items": Method(mars_short_posterior_and_items, numbers=2, posterior=True),
     "everybody_votes": Method(everybody_votes, numbers=2, offline=True),
     "collaborative_vote": Method(collaborative_vote, numbers=2, offline=True),
-    "collaborative_posterior": Method(collaborative_posterior, numbers=2, posterior=True, offline=True),
-    "collaborative_short_posterior": Method(collaborative_short_posterior, numbers=2, posterior=True, offline=True),
+    "collaborative_posterior": Method(collaborative_posterior, numbers=2, posterior=True),
+    "collaborative_short_posterior": Method(collaborative_short_posterior, numbers=2, posterior=True),
     "tfidf_donor": Method(tfidf_donor),
     "collaborative_donor": Method(collaborative_donor),
     **_both_forms("ran"),
@@ -313,7 +317,7 @@ def expect(offer: Offer, item_ND: np.ndarray | None) -> Treatment:
     dense_E2 = np.zeros((len(rows.split_E), 2), np.float32)
     with progress("expectations", len(row_R)) as advance:
         dense_E2[row_R] = posterior.expect(offer.log, rows, opinions, row_R, settings=settings, advance=advance)
-    return Treatment(dense_EJ=dense_E2)
+    return Treatment(dense_EJ=dense_E2, opinions=opinions)
 
 
 def ask_for(offer: Offer, row_E: np.ndarray) -> Offer:

@@ -230,9 +230,21 @@ def expect(
 def _expect(item_CL: Array, label_CL: Array, target_C: Array, usual_N: Array, loading_NK: Array) -> jax.Array:
     """With the results of `_summed` and A = 1 + X'X, the mean is t' A^-1 X'y for a target of loadings t, and what is
     explained of t't is t' A^-1 X'X t."""
-    known_CKK, opinion_CK = _summed(item_CL, label_CL, usual_N, loading_NK)
-    target_CK = loading_NK[target_C]
-    factor_CKK = jnp.linalg.cholesky(known_CKK + jnp.eye(loading_NK.shape[1])[None])
+    return _answered(*_summed(item_CL, label_CL, usual_N, loading_NK), loading_NK[target_C])
+
+
+@jax.jit
+def expect_for_one(item_L: Array, label_L: Array, target_C: Array, usual_N: Array, loading_NK: Array) -> jax.Array:
+    """`expect` for many targets of one user, [C, 2]: history items, 0 is padding, their labels, and the opinions of the
+    user's fold. The history is summed once."""
+    known_1KK, opinion_1K = _summed(item_L[None], label_L[None], usual_N, loading_NK)
+    n, k = target_C.shape[0], loading_NK.shape[1]
+    known_CKK, opinion_CK = jnp.broadcast_to(known_1KK, (n, k, k)), jnp.broadcast_to(opinion_1K, (n, k))
+    return _answered(known_CKK, opinion_CK, loading_NK[target_C])
+
+
+def _answered(known_CKK: jax.Array, opinion_CK: jax.Array, target_CK: jax.Array) -> jax.Array:
+    factor_CKK = jnp.linalg.cholesky(known_CKK + jnp.eye(target_CK.shape[1])[None])
     solved_CK = jax.scipy.linalg.cho_solve((factor_CKK, True), target_CK[:, :, None])[:, :, 0]
     mean_C = jnp.sum(solved_CK * opinion_CK, axis=1)
     explained_C = jnp.einsum("ck,ckm,cm->c", solved_CK, known_CKK, target_CK)

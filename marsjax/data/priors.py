@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from marsjax.records import TRAIN, Log, Rows
 
 STRENGTH = 10.0  # events that the rate over all training events counts for, where a user or an item has few
 FOLDS = 5  # users are dealt into so many, and an item's rate for a row is that of the other ones
+
+
+class ItemCounts(NamedTuple):
+    """What the training events say of the items."""
+
+    overall: float  # rate of likes over all of them
+    total_2N: np.ndarray  # [2, N] float64, events of the item, and likes among them
+    others_2FN: np.ndarray  # [2, F, N] float64, the same of the users outside of each fold
+    fold_U: np.ndarray  # [U] int64, the fold of each user, drawn with a fixed seed
 
 
 def prior_numbers(log: Log, rows: Rows) -> np.ndarray:
@@ -21,23 +32,37 @@ def prior_numbers(log: Log, rows: Rows) -> np.ndarray:
     own among them. The first four know nothing later than the event.
     """
     histories, is_train_E = rows.histories, rows.split_E == TRAIN
-    overall = float(log.label_E[is_train_E].mean())
+    counted = item_counts(log, rows, n_items=int(log.item_E.max(initial=0)) + 1)
     likes_H1 = np.concatenate([[0.0], np.cumsum(histories.label_H, dtype=np.float64)])
     start_E = histories.start_E
     user = histories.end_E - start_E, likes_H1[histories.end_E] - likes_H1[start_E]
     item = earlier_events(log.item_E, log.time_E, np.stack([is_train_E, is_train_E * log.label_E]))
-    fold_U = np.random.default_rng(0).permutation(len(rows.group_U)) % FOLDS
-    fold_E, n_items = fold_U[rows.user_E], int(log.item_E.max(initial=0)) + 1
-    counts, likes = (
-        np.bincount(fold_E * n_items + log.item_E, weight_E, minlength=FOLDS * n_items).reshape(FOLDS, n_items)
-        for weight_E in (is_train_E, is_train_E * log.label_E)
-    )
-    others = ((sums.sum(axis=0)[None] - sums)[fold_E, log.item_E] for sums in (counts, likes))
+    others = counted.others_2FN[:, counted.fold_U[rows.user_E], log.item_E]
     columns = []
     for count_E, likes_E in (user, item, tuple(others)):
-        rate_E = (likes_E + STRENGTH * overall) / (count_E + STRENGTH)
-        columns += [4.0 * (rate_E - overall), np.log1p(count_E) / 4.0 - 1.0]
+        columns += rate_and_count(count_E, likes_E, counted.overall)
     return np.stack(columns, axis=1).astype(np.float32)
+
+
+def item_counts(log: Log, rows: Rows, *, n_items: int) -> ItemCounts:
+    """Counts of the items among the training events, of all users and of those outside of each fold."""
+    is_train_E = rows.split_E == TRAIN
+    fold_U = np.random.default_rng(0).permutation(len(rows.group_U)) % FOLDS
+    key_E = fold_U[rows.user_E] * n_items + log.item_E
+    sums_2FN = np.stack(
+        [
+            np.bincount(key_E, weight_E, minlength=FOLDS * n_items).reshape(FOLDS, n_items)
+            for weight_E in (is_train_E, is_train_E * log.label_E)
+        ]
+    )
+    total_2N = sums_2FN.sum(axis=1)
+    return ItemCounts(float(log.label_E[is_train_E].mean()), total_2N, total_2N[:, None, :] - sums_2FN, fold_U)
+
+
+def rate_and_count(count_X: np.ndarray, likes_X: np.ndarray, overall: float) -> list[np.ndarray]:
+    """Two numbers a row, [X] each: the shrunk rate of likes less the rate over all, and the count."""
+    rate_X = (likes_X + STRENGTH * overall) / (count_X + STRENGTH)
+    return [4.0 * (rate_X - overall), np.log1p(count_X) / 4.0 - 1.0]
 
 
 def earlier_events(item_E: np.ndarray, time_E: np.ndarray, value_VE: np.ndarray) -> np.ndarray:

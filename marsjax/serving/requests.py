@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from marsjax import files
-from marsjax.serving.bundle import Request
+from marsjax.serving.scoring import Request
 
 
 def read_requests(path: pathlib.Path) -> list[Request]:

@@ -1,0 +1,239 @@
+"""What faults cost: kills of the runner, swaps under load, and a million events.
+
+    python -m benchmarks.serving_faults --bundle=BUNDLE --output=benchmarks/results/serving_faults.json
+        [--kills=50] [--swap_seconds=60] [--soak=1000000] [--redis]
+
+kills: `marsjax runner` gets SIGKILL at random moments while events come; afterwards every acknowledged event is in the
+    history of its user, once.
+swaps: another version every second while clients ask; no request fails, and each answer is what its version says.
+soak: events through stream, histories and vectors in one process; memory at the end beside memory after a tenth.
+
+With --redis, which needs a redis-server on the PATH, kills and soak go through a real Redis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import pathlib
+import random
+import resource
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks import service
+from marsjax.serving import runner, scoring, versions
+from marsjax.serving.bundle import Bundle, continue_bundle, load_bundle, load_encoder
+from marsjax.serving.events import Event, decode_history, encode_event
+from marsjax.serving.storage import RUNNER, Storage, StorageError, open_storage
+
+
+@contextlib.contextmanager
+def stored(folder: pathlib.Path, redis: bool) -> Iterator[str]:
+    """The URL of an empty storage."""
+    if not redis:
+        yield f"sqlite:{folder / 'storage.sqlite'}"
+        return
+    if shutil.which("redis-server") is None:
+        raise SystemExit("--redis: expected a redis-server on the PATH, found none; install Redis")
+    port = service.free_port()
+    flags = ["--port", str(port), "--bind", service.HOST, "--dir", str(folder), "--save", "", "--appendonly", "yes"]
+    server = subprocess.Popen(["redis-server", *flags, "--appendfsync", "always"], stdout=subprocess.DEVNULL)
+    try:
+        yield f"redis://{service.HOST}:{port}/0"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def opened(url: str) -> Storage:
+    storage = open_storage(url, timeout=30.0, ttl=1e6)
+    for _ in range(100):
+        try:
+            storage.join(RUNNER)
+            return storage
+        except StorageError:
+            time.sleep(0.1)
+    raise SystemExit(f"{url} does not answer")
+
+
+def drawn(bundle: Bundle, rng: random.Random, number: int) -> Event:
+    """An event of a known or a new user; clocks step back at times."""
+    users, names = bundle.users.raw_user_U, bundle.items.raw_id_N
+    user = f"new{rng.randrange(50)}" if rng.random() < 0.3 else str(users[rng.randrange(len(users))])
+    item = str(names[1 + rng.randrange(len(names) - 1)])
+    return Event(
+        f"e{number}", user, item, float(rng.random() < 0.5), 10**9 + number - (1000 if rng.random() < 0.05 else 0)
+    )
+
+
+def kills(bundle: Bundle, folder: pathlib.Path, count: int, redis: bool) -> list[dict[str, Any]]:
+    """Few events a user, so that none is cut off a history and all can be looked for."""
+    rng, sent, stop = random.Random(0), [], threading.Event()  # type: ignore[var-annotated]
+    versions.publish(folder, bundle.folder, keep=1)
+    with stored(folder, redis) as url:
+        storage = opened(url)
+        most = len(bundle.users.raw_user_U) * 10
+
+        def produce() -> None:
+            while not stop.is_set():
+                if len(sent) < most:
+                    batch = [drawn(bundle, rng, len(sent) + i) for i in range(10)]
+                    storage.append([encode_event(event) for event in batch])
+                    sent.extend(batch)  # acknowledged: from here on none may be lost
+                time.sleep(0.1)
+
+        producer = threading.Thread(target=produce)
+        producer.start()
+        settings = {"storage": url, "train_seconds": 0, "lenders_seconds": 2, "rebuild_hour": -1, "batch": 50}
+        during = 0
+        for _ in range(count):
+            worker = service.start("runner", folder, **settings)
+            before, until = storage.backlog(RUNNER), time.monotonic() + 120
+            while storage.backlog(RUNNER) >= before and time.monotonic() < until:  # until it is at work
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.5)
+            worker.kill()
+            worker.wait()
+            during += storage.backlog(RUNNER) > 0
+        stop.set()
+        producer.join()
+        with service.process("runner", folder, **settings):
+            until = time.monotonic() + 600
+            while (storage.backlog(RUNNER) or storage.changed(1)) and time.monotonic() < until:
+                time.sleep(0.1)
+        found: list[str] = []
+        users = sorted({event.user for event in sent})
+        for data in storage.histories(users):
+            found += [entry.id for entry in decode_history(data or b"[]") if entry.id]
+        storage.close()
+    lost = len({event.id for event in sent} - set(found))
+    case = f"{count} SIGKILLs, {during} with events waiting, {len(sent)} events, {'Redis' if redis else 'SQLite'}"
+    return [
+        service.row("acknowledged events that were lost", case, lost, None, "", 0),
+        service.row("events that were applied more than once", case, len(found) - len(set(found)), None, "", 0),
+    ]
+
+
+def swaps(bundle: Bundle, folder: pathlib.Path, seconds: float) -> list[dict[str, Any]]:
+    """Three sets of parameters, published in turn."""
+    made, said = [], {}
+    rng, names = random.Random(0), [str(name) for name in bundle.items.raw_id_N[1:21]]
+    user = str(bundle.users.raw_user_U[int(np.argmax(np.diff(bundle.users.borrowed_U1)))])
+    for number, factor in enumerate((1.0, 0.5, 2.0)):
+        ctr = {"params": scaled(bundle.params, factor), "statistics": bundle.statistics}
+        continue_bundle(folder / f"bundle{number}", bundle, ctr=ctr, trained={"factor": factor})
+        made.append(folder / f"bundle{number}")
+    scores = [scoring.score(load_bundle(path), [scoring.Request(user, tuple(names))])[0] for path in made]
+    answers: list[service.Answer] = []
+    stop, port = threading.Event(), service.free_port()
+    said[versions.publish(folder, made[0], keep=3)] = scores[0]
+
+    def ask() -> None:
+        connection = service.Connection(port)
+        while not stop.is_set():
+            answers.append(connection.call("POST", "/v1/score", {"user": user, "candidates": names}))
+
+    loose = {"deadline_ms": 1e6, "store_deadline_ms": 1e5, "rate": 1e9}
+    with service.process("serve", folder, port=port, poll_seconds=0.1, **loose):
+        service.wait_ready(port)
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        until, count = time.monotonic() + seconds, 0
+        while time.monotonic() < until:
+            at, number = time.monotonic(), rng.randrange(3)
+            said[versions.publish(folder, made[number], keep=3)] = scores[number]
+            count += 1
+            time.sleep(max(0.0, 1.0 - (time.monotonic() - at)))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        compiled = service.metrics(port)["marsjax_compilations_while_serving"]
+    failed = sum(answer.status != 200 for answer in answers)
+    mixed = sum(
+        np.abs(np.array(answer.body["scores"]) - said[answer.body["version"]]).max() > 1e-5
+        for answer in answers
+        if answer.status == 200
+    )
+    seen = len({answer.body["version"] for answer in answers if answer.status == 200})
+    case = f"{count} versions in {seconds:.0f} s, {seen} of them seen in {len(answers)} answers, 4 clients"
+    return [
+        service.row("requests that failed", case, failed, None, "", 0),
+        service.row("answers that are not what the version they name says", case, int(mixed), None, "", 0),
+        service.row("compilations while serving", case, compiled, None, "", 0),
+    ]
+
+
+def scaled(tree: Any, factor: float) -> Any:
+    if hasattr(tree, "items"):
+        return {name: scaled(value, factor) for name, value in tree.items()}
+    return np.asarray(tree) * np.float32(factor)
+
+
+def soak(bundle: Bundle, folder: pathlib.Path, count: int, redis: bool) -> list[dict[str, Any]]:
+    """The loop of the runner without its timers, with vectors for all who change."""
+    model, rng, marks = runner.Model("soak", bundle, load_encoder(bundle)), random.Random(0), []
+    with stored(folder, redis) as url:
+        storage, began, done = opened(url), time.monotonic(), 0
+        embedded, oldest = 0, 0.0
+        while done < count:
+            batch = [encode_event(drawn(bundle, rng, done + i)) for i in range(1000)]
+            storage.append(batch)
+            while storage.backlog(RUNNER):
+                runner.consume(storage, bundle, count=1000, wait=0.0, most_deliveries=10)
+            for change in storage.changed(1):
+                oldest = max(oldest, time.time() - change.since)
+            while found := runner.embed_changed(storage, model, count=1000):
+                embedded += found
+            storage.trim()
+            done += len(batch)
+            if done % max(count // 10, 1000) < 1000:
+                marks.append(memory())
+        seconds = time.monotonic() - began
+        storage.close()
+    kind = "Redis" if redis else "SQLite"
+    case = f"{count} events, {embedded} vectors, {kind}"
+    return [
+        service.row("memory at the end over memory after a tenth", case, marks[-1] / marks[0], 1.0, "flat", 1.1),
+        service.row("events a second through stream, histories and vectors", case, count / seconds, None, "", None),
+        service.row("oldest change that waited for its vector, s", case, oldest, None, "", 60.0),
+    ]
+
+
+def memory() -> float:
+    """Resident memory of this process, MiB."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", type=pathlib.Path, required=True)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--swap_seconds", type=float, default=60.0)
+    parser.add_argument("--soak", type=int, default=1_000_000)
+    parser.add_argument("--redis", action="store_true")
+    parser.add_argument("--output", type=pathlib.Path)
+    arguments = parser.parse_args()
+    began, bundle, rows = time.monotonic(), load_bundle(arguments.bundle), []
+    parts = {
+        "kills": lambda folder: kills(bundle, folder, arguments.kills, arguments.redis) if arguments.kills else [],
+        "swaps": lambda folder: swaps(bundle, folder, arguments.swap_seconds) if arguments.swap_seconds else [],
+        "soak": lambda folder: soak(bundle, folder, arguments.soak, arguments.redis) if arguments.soak else [],
+    }
+    for part in parts.values():
+        with tempfile.TemporaryDirectory() as folder:
+            rows += part(pathlib.Path(folder))
+    service.write_results(arguments.output, rows, began, module="benchmarks.serving_faults")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Scores requests of many clients together, on one thread, in batches of shapes that are compiled before the first."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from marsjax.ctr import objective
+from marsjax.records import CtrBatch
+from marsjax.serving import scoring
+from marsjax.serving.bundle import Bundle
+from marsjax.serving.knowledge import dense_width, numbers
+from marsjax.serving.lending import CHUNK, Lenders, Lent, lend
+
+log = logging.getLogger(__name__)
+
+CACHED = 20_000  # users whose borrowed items are remembered
+
+
+class Snapshot(NamedTuple):
+    """What one request is answered with, from its first look to its last."""
+
+    version: str
+    bundle: Bundle
+    lenders: Lenders
+    lenders_version: str  # "bundle": those in it
+    published: float  # seconds since the epoch
+
+
+class Task(NamedTuple):
+    """A request on its way."""
+
+    snapshot: Snapshot
+    row: scoring.Row
+    vector_D: np.ndarray | None  # look up anew what this user borrows; None: what the row has is right
+    until: float  # time.monotonic() after which nothing is looked up any more
+    came: float  # time.monotonic()
+
+
+class Answer(NamedTuple):
+    """Scores, and how they came about."""
+
+    score_C: np.ndarray  # [C] float32
+    lent: Lent  # what was offered
+    borrowed: int  # how much of it found room in the history
+    late: bool  # there was no time to look up what to borrow
+    seconds: dict[str, float]  # by stage: queue, lend, score
+
+
+class Engine:
+    """One thread that takes all waiting tasks at once: while it works on some, the next ones gather."""
+
+    def __init__(self, *, most_rows: int, cache: bool = True):
+        self._tasks: queue.SimpleQueue[tuple[Task, Future[Answer]] | None] = queue.SimpleQueue()
+        self._most_rows, self._rows, self._lock = most_rows, 0, threading.Lock()
+        self._cache: collections.OrderedDict[tuple[str, str, bytes], Lent] = collections.OrderedDict()
+        self._caches = cache
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, task: Task) -> Future[Answer] | None:
+        """A future for the answer; None where too much is waiting already."""
+        rows = len(task.row.target_C)
+        with self._lock:
+            if self._rows and self._rows + rows > self._most_rows:
+                return None
+            self._rows += rows
+        future: Future[Answer] = Future()
+        self._tasks.put((task, future))
+        return future
+
+    def close(self) -> None:
+        """Answers what was submitted, and ends the thread."""
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            first = self._tasks.get()
+            if first is None:
+                return
+            taken, ends = [first], False
+            count = len(first[0].row.target_C)
+            while count < scoring.SIZES[-1]:
+                try:
+                    more = self._tasks.get_nowait()
+                except queue.Empty:
+                    break
+                if more is None:
+                    ends = True
+                    break
+                taken.append(more)
+                count += len(more[0].row.target_C)
+            for group in by_snapshot(taken):
+                try:
+                    for (_, future), answer in zip(group, self.answer([task for task, _ in group]), strict=True):
+                        future.set_result(answer)
+                except Exception as error:
+                    log.exception("a batch of %d requests failed", len(group))
+                    for _, future in group:
+                        if not future.done():
+                            future.set_exception(error)
+            with self._lock:
+                self._rows -= sum(len(task.row.target_C) for task, _ in taken)
+            if ends:
+                return
+
+    def answer(self, tasks: Sequence[Task]) -> list[Answer]:
+        """Answers tasks of one snapshot: Eqs. 15-18 for those that ask, then the scores of all."""
+        snapshot, began = tasks[0].snapshot, time.monotonic()
+        late = [task.vector_D is not None and began > task.until for task in tasks]
+        lent = self._lend(
+            snapshot, [None if is_late else task.vector_D for task, is_late in zip(tasks, late, strict=True)]
+        )
+        rows = [
+            task.row if found is None else task.row._replace(profile=task.row.profile._replace(lent=found))
+            for task, found in zip(tasks, lent, strict=True)
+        ]
+        lent_at = time.monotonic()
+        scores = scoring.score_rows(snapshot.bundle, rows)
+        ended = time.monotonic()
+        return [
+            Answer(
+                score_C, row.profile.lent, scoring.history(snapshot.bundle, row)[2], is_late,
+                {"queue": began - task.came, "lend": lent_at - began, "score": ended - lent_at},
+            )
+            for task, row, score_C, is_late in zip(tasks, rows, scores, late, strict=True)
+        ]  # fmt: skip
+
+    def _lend(self, snapshot: Snapshot, vectors: Sequence[np.ndarray | None]) -> list[Lent | None]:
+        head = (snapshot.version, snapshot.lenders_version)
+        keys = [None if vector_D is None else (*head, vector_D.tobytes()) for vector_D in vectors]
+        found: dict[tuple[str, str, bytes], Lent] = {}
+        for key in keys:
+            if key is not None and key in self._cache:
+                self._cache.move_to_end(key)
+                found[key] = self._cache[key]
+        missing = {
+            key: vector_D
+            for key, vector_D in zip(keys, vectors, strict=True)
+            if key is not None and vector_D is not None and key not in found
+        }
+        if missing:
+            config = snapshot.bundle.manifest["config"]
+            found |= dict(zip(missing, lend(snapshot.lenders, config, np.stack([*missing.values()])), strict=True))
+            if self._caches:
+                self._cache.update({key: found[key] for key in missing})
+                while len(self._cache) > CACHED:
+                    self._cache.popitem(last=False)
+        return [None if key is None else found[key] for key in keys]
+
+
+def by_snapshot(
+    taken: Sequence[tuple[Task, Future[Answer]]],
+) -> Iterator[list[tuple[Task, Future[Answer]]]]:
+    """Tasks of one snapshot together: no answer mixes two."""
+    groups: dict[int, list[tuple[Task, Future[Answer]]]] = {}
+    for task, future in taken:
+        groups.setdefault(id(task.snapshot), []).append((task, future))
+    yield from groups.values()
+
+
+class Compilations:
+    """Counts what XLA compiles, apart for threads that are warming up and for all others."""
+
+    def __init__(self) -> None:
+        self.warming, self.serving = 0, 0
+        self._here = threading.local()
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            if getattr(self._here, "warming", False):
+                self.warming += 1
+            else:
+                self.serving += 1
+
+    def warm(self, function: Callable[[], None]) -> None:
+        """Calls a function whose compilations are expected."""
+        self._here.warming = True
+        try:
+            function()
+        finally:
+            self._here.warming = False
+
+
+def warm_up(snapshot: Snapshot) -> None:
+    """Runs every shape once, so that no request waits for a compilation. One that is compiled already costs little."""
+    bundle, config = snapshot.bundle, snapshot.bundle.manifest["config"]
+    marked, width = config["ctr"]["inputs"] == "strong", dense_width(bundle.known)
+    for size in scoring.SIZES:
+        target_C, nothing_L = np.zeros(size, np.int32), np.zeros(0, np.int32)
+        cap = int(config["retrieval"]["history"])
+        numbers(bundle.known, -1, nothing_L, nothing_L.astype(np.int8), target_C, cap=cap, size=size)
+    for length in scoring.lengths(bundle):
+        for size in scoring.SIZES:
+            number_B, weight_B = np.zeros(size, np.int32), np.zeros(size, np.float32)
+            history_BL = np.zeros((size, length), np.int32)
+            marks_BL = np.zeros((size, length), np.int8) if marked else None
+            dense_BJ = np.zeros((size, width), np.float32) if width else None
+            batch = CtrBatch(number_B, number_B, weight_B, weight_B, history_BL, history_BL > 0, marks_BL, dense_BJ)
+            objective.score(bundle.model, bundle.params, bundle.statistics, bundle.tables, [batch])
+    if len(snapshot.lenders.user_index.user_P):
+        lend(snapshot.lenders, config, np.ones((CHUNK, snapshot.lenders.centre_D.shape[0]), np.float32))

@@ -1,0 +1,116 @@
+"""What a user borrows, looked up anew: a bundle's donors with their index, and Eqs. 15-18 for vectors of users.
+
+Retrieval and filtering are `retrieval.search` and `mars.borrow`, which made the training data.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from marsjax import files, retrieval
+from marsjax.augmentation import mars
+from marsjax.records import Donors
+
+DONORS, VECTORS, INDEX = "donors.npz", "donor_vectors.npy", "index"
+CHUNK = 8  # users whose items are filtered at a time: one shape is compiled
+
+
+class Lenders(NamedTuple):
+    """The possible donors."""
+
+    donors: Donors
+    mark_PL: np.ndarray  # [P, L] int8, what the donor thought of the item, as in `CtrBatch.feedback_BL`
+    centre_D: np.ndarray  # [D] float32, subtracted before a cosine
+    vector_PLD: np.ndarray | None  # [P, L, D] float32, items in the donors' histories; None: static ones are read
+    item_ND: np.ndarray  # [N, D] float32, static vectors
+    user_index: retrieval.UserIndex  # over the donors' vectors, less the centre
+
+
+class Lent(NamedTuple):
+    """What a user borrows, in the order in which Eq. 18 prepends it, the nearest donor's last."""
+
+    item_S: np.ndarray  # [S] int32
+    time_S: np.ndarray  # [S] int64
+    donor_S: np.ndarray  # [S] int32, numbers of users
+    similarity_S: np.ndarray  # [S] float32, Eq. 16
+    mark_S: np.ndarray  # [S] int8
+
+
+NOTHING = Lent(
+    np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int8)
+)
+
+
+def find_candidates(lenders: Lenders, config: Mapping[str, Any], user_QD: np.ndarray) -> mars.Candidates:
+    """Eqs. 15-17 for vectors of users, [Q, D]; a vector without length finds nobody. `config` is that of the bundle."""
+    retrieving, lending = config["retrieval"], config["augmentation"]
+    moved_QD = np.where(user_QD.any(axis=1, keepdims=True), user_QD - lenders.centre_D, 0.0)
+    k = max(min(int(retrieving["donors"]), len(lenders.donors.user_P)), 1)
+    index = lenders.user_index
+    if retrieving["backend"] == "exact":
+        neighbours = retrieval.exact_search(moved_QD, index.unit_PD, index.user_P, k=k)
+    else:
+        neighbours = retrieval.search(index, moved_QD, k=k)
+    return mars.borrow(
+        lenders.donors,
+        neighbours,
+        user_QD.astype(np.float32),
+        item_vectors(lenders),
+        strategy=lending["strategy"],
+        theta=lending["theta"],
+        theta_quantile=lending["theta_quantile"],
+        centre_D=lenders.centre_D,
+        size=CHUNK,
+    )
+
+
+def item_vectors(lenders: Lenders) -> Callable[[np.ndarray], np.ndarray]:
+    """Item vectors of donors at positions [X] -> [X, L, D]."""
+    if lenders.vector_PLD is None:
+        return lambda position_X: lenders.item_ND[lenders.donors.item_PL[position_X]]
+    vector_PLD = lenders.vector_PLD
+    return lambda position_X: np.asarray(vector_PLD[position_X])
+
+
+def lend(lenders: Lenders, config: Mapping[str, Any], user_QD: np.ndarray) -> list[Lent]:
+    """What each of the users borrows, Eqs. 15-18."""
+    if not len(user_QD):
+        return []
+    if not len(lenders.user_index.user_P):
+        return [NOTHING] * len(user_QD)
+    borrowed = mars.kept_items(find_candidates(lenders, config, user_QD))
+    position_S = np.searchsorted(lenders.donors.user_P, borrowed.donor_S)
+    at_S = np.argmax(lenders.donors.item_PL[position_S] == borrowed.item_S[:, None], axis=1)
+    whole = Lent(
+        borrowed.item_S, borrowed.time_S, borrowed.donor_S, borrowed.similarity_S, lenders.mark_PL[position_S, at_S]
+    )
+    parts = [slice(*bounds) for bounds in zip(borrowed.start_Q1[:-1], borrowed.start_Q1[1:], strict=True)]
+    return [Lent(*(value[part] for value in whole)) for part in parts]
+
+
+def write_lenders(folder: pathlib.Path, lenders: Lenders) -> None:
+    """Writes donors, their vectors and their index into an existing folder.
+
+    Raises OSError where the disk is full.
+    """
+    files.write_arrays(folder / DONORS, **lenders.donors._asdict(), mark_PL=lenders.mark_PL, centre_D=lenders.centre_D)
+    if lenders.vector_PLD is not None:
+        files.write_array(folder / VECTORS, lenders.vector_PLD)
+    retrieval.save_index(lenders.user_index, folder / INDEX)
+
+
+def read_lenders(folder: pathlib.Path, item_ND: np.ndarray) -> Lenders:
+    """Reads what `write_lenders` wrote; vectors stay on the disk until they are needed. Check the sums before.
+
+    Raises ValueError where the index is damaged.
+    """
+    with np.load(folder / DONORS) as arrays:
+        donors = Donors(**{name: arrays[name] for name in Donors._fields})
+        mark_PL, centre_D = arrays["mark_PL"], arrays["centre_D"]
+    path = folder / VECTORS
+    vector_PLD = np.load(path, mmap_mode="r") if path.is_file() else None
+    return Lenders(donors, mark_PL, centre_D, vector_PLD, item_ND, retrieval.load_index(folder / INDEX))

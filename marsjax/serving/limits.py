@@ -1,0 +1,87 @@
+"""How large and how frequent requests may be: an ASGI layer around the service."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+CLIENTS = 10_000  # whose rates are remembered, the latest ones
+
+Scope = Any
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+
+
+class TooLarge(Exception):
+    """The body of a request is longer than it may be."""
+
+
+class Limits:
+    """Refuses bodies of more than `most_bytes` (413) and more than `rate` requests a second of one client (429), with a
+    burst of one second's worth. `heard` is told path and status of every answer."""
+
+    def __init__(self, app: Any, *, most_bytes: int, rate: float, heard: Callable[[str, int], None]):
+        self._app, self._most_bytes, self._rate, self._heard = app, most_bytes, rate, heard
+        self._left: collections.OrderedDict[str, tuple[float, float]] = collections.OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, read, began = scope["path"], 0, False
+
+        async def sending(message: Any) -> None:
+            nonlocal began
+            if read > self._most_bytes and not began:
+                return  # what is said of a body that could not be read; the answer is given below
+            if message["type"] == "http.response.start":
+                began = True
+                self._heard(path, message["status"])
+            await send(message)
+
+        if not self._admits(scope):
+            await _refuse(sending, 429, "too many requests; wait a second", [(b"retry-after", b"1")])
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._most_bytes:
+            await _refuse(sending, 413, self._too_large(), [(b"connection", b"close")])
+            return
+
+        async def receiving() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._most_bytes:
+                raise TooLarge
+            return message
+
+        with contextlib.suppress(TooLarge):
+            await self._app(scope, receiving, sending)
+        if read > self._most_bytes and not began:
+            read = 0
+            await _refuse(sending, 413, self._too_large(), [(b"connection", b"close")])
+
+    def _admits(self, scope: Scope) -> bool:
+        if scope["path"] in ("/healthz", "/readyz"):
+            return True
+        client, now = (scope.get("client") or ("", 0))[0], time.monotonic()
+        left, at = self._left.pop(client, (self._rate, now))
+        left = min(self._rate, left + (now - at) * self._rate)
+        self._left[client] = (max(left - 1, 0.0), now)
+        if len(self._left) > CLIENTS:
+            self._left.popitem(last=False)
+        return left >= 1
+
+    def _too_large(self) -> str:
+        return f"expected a body of at most {self._most_bytes} bytes, found more"
+
+
+async def _refuse(send: Send, status: int, text: str, headers: list[tuple[bytes, bytes]]) -> None:
+    body = json.dumps({"error": text}).encode()
+    kind = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": kind + headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,248 @@
+"""The offline runner of section 3.5.2: histories from the stream, vectors of the users who changed, an index of donors
+that is built anew and swapped, and a training that goes on."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+import pathlib
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from marsjax import embeddings, retrieval
+from marsjax.data.histories import gather_histories
+from marsjax.records import Donors, Histories
+from marsjax.serving import continuation, people, snapshots, versions
+from marsjax.serving.bundle import Bundle, Encoder, item_numbers, load_bundle, load_encoder
+from marsjax.serving.events import Entry, decode_event, decode_history
+from marsjax.serving.lending import Lenders
+from marsjax.serving.storage import RUNNER, TRAINER, Dead, Storage, StorageError
+from marsjax.serving.vectors import Vector, digest, encode_vector
+
+log = logging.getLogger(__name__)
+
+SIZE = 64  # users that are embedded at a time
+NOBODY = ""  # no user has this id; the store knows by its vector that a version has been seen
+
+
+class Settings(NamedTuple):
+    """How the runner behaves."""
+
+    root: pathlib.Path
+    batch: int = 1000  # events, and users, at a time
+    wait: float = 0.2  # seconds to wait for an event
+    most_deliveries: int = 10  # of a message; then it is a dead letter
+    lenders_seconds: float = 300.0  # between two indexes; 0: never
+    rebuild_hour: int = 3  # local hour after which everything is made anew once a day; -1: never
+    trim_seconds: float = 30.0
+    train_seconds: float = 1200.0  # between two published continuations of the training; 0: never
+    training: continuation.Settings = continuation.Settings()
+    keep: int = 5  # versions
+
+
+class Model(NamedTuple):
+    """The published bundle, with its encoder."""
+
+    version: str
+    bundle: Bundle
+    encoder: Encoder
+
+
+def consume(storage: Storage, bundle: Bundle, *, count: int, wait: float, most_deliveries: int) -> int:
+    """Takes events from the stream into the histories of their users; returns how many messages are done with.
+
+    What is no event becomes a dead letter, and so does what was handed out too often without being acknowledged.
+    """
+    messages = storage.read(RUNNER, count=count, wait=wait)
+    entries: dict[str, list[Entry]] = {}
+    dead, done = [], []
+    for message in messages:
+        try:
+            if message.deliveries > most_deliveries:
+                raise ValueError(f"handed out {message.deliveries} times and never acknowledged")
+            event = decode_event(message.data)
+        except ValueError as error:
+            dead.append(Dead(message.id, message.data, str(error)))
+            continue
+        entries.setdefault(event.user, []).append(Entry(event.time, event.id, event.item, event.label))
+        done.append(message.id)
+    if messages:
+        storage.apply(
+            RUNNER, entries, done, cap=_cap(bundle), seed=lambda user: people.seed_entries(bundle, user), dead=dead
+        )
+    return len(messages)
+
+
+def _cap(bundle: Bundle) -> int:
+    """Entries of a history that are kept: the longest that anything reads, and what unknown and disliked items take."""
+    config = bundle.manifest["config"]
+    return 2 * max(int(config["ctr"]["cap"]), int(config["retrieval"]["history"]))
+
+
+def as_histories(bundle: Bundle, histories: Sequence[Sequence[Entry]]) -> tuple[Histories, np.ndarray]:
+    """Histories of some users in the form that the encoder's functions read, one user each, and where each ends."""
+    parts = [people.of_entries(bundle, entries) for entries in histories]
+    start_U1 = np.concatenate([[0], np.cumsum([len(item_L) for item_L, _ in parts])]).astype(np.int64)
+    item_H = np.concatenate([np.zeros(0, np.int32), *(item_L for item_L, _ in parts)]).astype(np.int32)
+    zero_H = np.zeros(len(item_H), np.int64)
+    end_U = start_U1[1:]
+    return Histories(start_U1, item_H, zero_H, zero_H.astype(np.float32), end_U, end_U, start_U1[:-1]), end_U
+
+
+def embed_histories(bundle: Bundle, encoder: Encoder, histories: Sequence[Sequence[Entry]]) -> np.ndarray:
+    """Vectors of users by their histories, [U, D] float32, Eq. 13, as the pipeline makes them."""
+    found, end_U = as_histories(bundle, histories)
+    cap = int(bundle.manifest["config"]["retrieval"]["history"])
+    return embeddings.user_vectors(*encoder, found, np.arange(len(end_U)), end_U, cap=cap, size=SIZE)
+
+
+def embed_changed(storage: Storage, model: Model, *, count: int) -> int:
+    """Makes vectors of users who changed, those first who wait longest; returns how many."""
+    changed = storage.changed(count)
+    if not changed:
+        return 0
+    stored = storage.histories([item.user for item in changed])
+    known, histories = [], []
+    for item, data in zip(changed, stored, strict=True):
+        try:
+            if data is not None:
+                histories.append(decode_history(data))
+                known.append((item.user, data))
+        except ValueError as error:
+            log.warning("user %s gets no vector: %s", item.user, error)
+    vector_UD = embed_histories(model.bundle, model.encoder, histories)
+    now = time.time()
+    vectors = {
+        user: encode_vector(Vector(model.version, vector_D, digest(data), now))
+        for (user, data), vector_D in zip(known, vector_UD, strict=True)
+    }
+    storage.write_vectors(model.version, vectors, changed)
+    return len(changed)
+
+
+def renew_lenders(storage: Storage, model: Model, lenders: Lenders) -> Lenders | None:
+    """The donors with the histories that the store has now, in a new index; None where none has changed."""
+    bundle, donors = model.bundle, lenders.donors
+    names = bundle.users.raw_user_U[donors.user_P]
+    stored = [
+        data for i in range(0, len(names), 1000) for data in storage.histories([str(n) for n in names[i : i + 1000]])
+    ]
+    at_X = np.flatnonzero([data is not None for data in stored])
+    if not len(at_X):
+        return None
+    histories = [decode_history(data) for data in stored if data is not None]
+    found, end_U = as_histories(bundle, histories)
+    width = donors.item_PL.shape[1]
+    item_PL, time_PL, mark_PL = donors.item_PL.copy(), donors.time_PL.copy(), lenders.mark_PL.copy()
+    item_PL[at_X] = gather_histories(found, np.arange(len(end_U)), end_U, cap=width)
+    for x, entries in zip(at_X, histories, strict=True):
+        time_PL[x], mark_PL[x] = _times_and_marks(bundle, entries, width)
+    vector_UD = embed_histories(bundle, model.encoder, histories)
+    donor_PD = bundle.users.user_UD[donors.user_P].copy()
+    donor_PD[at_X] = vector_UD
+    vector_PLD = lenders.vector_PLD
+    if vector_PLD is not None:
+        vector_PLD = np.array(vector_PLD)
+        vector_PLD[at_X] = embeddings.contextual_vectors(*model.encoder, item_PL[at_X])
+    index = retrieval.build_index(donor_PD - lenders.centre_D, donors.user_P)
+    return Lenders(
+        Donors(donors.user_P, item_PL, time_PL), mark_PL, lenders.centre_D, vector_PLD, lenders.item_ND, index
+    )
+
+
+def _times_and_marks(bundle: Bundle, entries: Sequence[Entry], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """When the items of `people.of_entries` were met, and what was thought of them, the last `width`, padded."""
+    liked_only = bundle.manifest["config"]["split"]["history"] == "positives"
+    known_X = item_numbers(bundle, [entry.item for entry in entries]) > 0
+    kept = [
+        entry for entry, known in zip(entries, known_X, strict=True) if known and (entry.label > 0 or not liked_only)
+    ]
+    time_L, mark_L = np.zeros(width, np.int64), np.zeros(width, np.int8)
+    kept = kept[-width:]
+    time_L[: len(kept)] = [entry.time for entry in kept]
+    mark_L[: len(kept)] = [2 if entry.label > 0 else 1 for entry in kept]
+    return time_L, mark_L
+
+
+def follow(root: pathlib.Path, storage: Storage, model: Model | None) -> Model | None:
+    """The published model; users get vectors of a new one again, for it cannot read those of another."""
+    current = versions.read_current(root)
+    if current is None or (model is not None and model.version == current.version):
+        return model
+    bundle = load_bundle(versions.folder_of(root, current.version))
+    if storage.lookup(NOBODY, current.version)[1] is None:  # else this runner was only started again
+        storage.touch_all()
+        storage.write_vectors(current.version, {NOBODY: b"touched"}, [])
+    # The service may still answer with the version before.
+    storage.forget_versions([current.version, *current.earlier[-1:]])
+    log.info(
+        "version %s: %d users, %d donors", current.version, len(bundle.users.raw_user_U), len(bundle.lenders.mark_PL)
+    )
+    return Model(current.version, bundle, load_encoder(bundle))
+
+
+def run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
+    """Runs until `stop` is set. A store that does not answer is waited for."""
+    model: Model | None = None
+    joined = False
+    lenders_at = trained_at = trimmed_at = told_at = time.monotonic()
+    rebuilt = datetime.date.today()
+    events = vectors = 0
+    while not stop.is_set():
+        try:
+            if not joined:
+                storage.join(RUNNER)
+                if settings.train_seconds:
+                    storage.join(TRAINER)
+                joined = True
+            model = follow(settings.root, storage, model)
+            if model is None:
+                log.info("waiting for a bundle in %s: publish one", settings.root)
+                stop.wait(2.0)
+                continue
+            found = consume(
+                storage,
+                model.bundle,
+                count=settings.batch,
+                wait=settings.wait,
+                most_deliveries=settings.most_deliveries,
+            )
+            events += found
+            vectors += embed_changed(storage, model, count=settings.batch)
+            now, today = time.monotonic(), datetime.datetime.now()
+            rebuild = today.date() > rebuilt and 0 <= settings.rebuild_hour <= today.hour
+            if rebuild:
+                storage.touch_all()
+                rebuilt = today.date()
+            if rebuild or (settings.lenders_seconds and now - lenders_at >= settings.lenders_seconds):
+                renewed = renew_lenders(storage, model, model.bundle.lenders)
+                if renewed is not None:
+                    log.info("donors: %s", snapshots.publish_lenders(settings.root, model.version, renewed))
+                lenders_at = time.monotonic()
+            due = settings.train_seconds and now - trained_at >= settings.train_seconds
+            # Histories first: a row is trained with what its user did before.
+            if due and found < settings.batch:
+                continuation.continue_training(
+                    settings.root, storage, model.version, model.bundle, settings.training,
+                    embed=functools.partial(embed_histories, model.bundle, model.encoder),
+                    keep=settings.keep,
+                )  # fmt: skip
+                trained_at = time.monotonic()
+            if now - trimmed_at >= settings.trim_seconds:
+                storage.trim()
+                trimmed_at = now
+            if now - told_at >= 10.0 and events:
+                log.info("%d events and %d vectors in %.0f s", events, vectors, now - told_at)
+                events = vectors = 0
+                told_at = now
+        except StorageError as error:
+            log.warning("%s; trying again", error)
+            stop.wait(1.0)
+        except (OSError, ValueError) as error:
+            log.warning("%s; trying again", error)  # a full disk, a version that is damaged or was just removed
+            stop.wait(1.0)

@@ -1,0 +1,189 @@
+"""From requests to click probabilities: the same function scores a file of requests and answers the service."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from marsjax.ctr import objective
+from marsjax.records import LOW, NEW, CtrBatch
+from marsjax.serving.bundle import Bundle, item_numbers, user_numbers
+from marsjax.serving.knowledge import dense_width, numbers
+from marsjax.serving.lending import NOTHING, Lent
+
+log = logging.getLogger(__name__)
+
+SIZES = (128, 256, 512, 1024)  # rows of a batch: a few shapes are compiled, and the smallest that fits is used
+
+
+class Request(NamedTuple):
+    """Candidates to score for one user, by ids of the source."""
+
+    user: str
+    items: tuple[str, ...]
+    history: tuple[str, ...] | None = None  # replaces the history in the bundle
+    time: int | None = None  # for time-safe borrowing
+
+
+class Profile(NamedTuple):
+    """What is known of a user when candidates are scored."""
+
+    user: int  # the user's number; -1: not known to the model
+    item_L: np.ndarray  # [L] int32, own history in time order, items that the bundle knows
+    mark_L: np.ndarray  # [L] int8, what the user thought of them, as in `CtrBatch.feedback_BL`
+    lent: Lent = NOTHING
+
+
+class Row(NamedTuple):
+    """One request ready to be scored."""
+
+    profile: Profile
+    target_C: np.ndarray  # [C] int32, items to score; 0: an item that the bundle does not know
+    time: int | None = None  # blanks what donors met later, where the method does so
+    label_C: np.ndarray | None = None  # [C] float32, where the row is trained on
+
+
+def own_history(bundle: Bundle, user: int) -> tuple[np.ndarray, np.ndarray]:
+    """The history in the bundle of a user, [L] int32 and the marks [L] int8; empty for user -1."""
+    users = bundle.users
+    own = slice(users.start_U1[user], users.start_U1[user + 1]) if user >= 0 else slice(0, 0)
+    return users.item_H[own], marks(users.label_H[own])
+
+
+def table_lent(bundle: Bundle, user: int) -> Lent:
+    """What a user borrows as the bundle has it, found with the training history."""
+    users = bundle.users
+    if user < 0:
+        return NOTHING
+    part = slice(users.borrowed_U1[user], users.borrowed_U1[user + 1])
+    return Lent(
+        users.borrowed_item_S[part], users.borrowed_time_S[part], users.borrowed_donor_S[part],
+        users.borrowed_similarity_S[part], users.borrowed_mark_S[part],
+    )  # fmt: skip
+
+
+def marks(label_X: np.ndarray) -> np.ndarray:
+    """What a user thought of items, [X] int8: 2 liked, 1 not liked."""
+    return 1 + (label_X > 0).astype(np.int8)
+
+
+def score(bundle: Bundle, requests: Sequence[Request]) -> list[np.ndarray]:
+    """Click probabilities of every request's items, [C] float32 each.
+
+    An unknown user has no history of its own but the one given, and borrows nothing. Unknown history items are
+    passed over, and counted in a warning.
+
+    Raises:
+        ValueError: a candidate that the bundle does not know; the message names it.
+    """
+    rows, unknown = [], 0
+    for number, request in enumerate(requests, start=1):
+        target_C = item_numbers(bundle, request.items)
+        if (target_C == 0).any():
+            name = request.items[int(np.argmax(target_C == 0))]
+            raise ValueError(f"request {number}: expected items that the bundle knows, found {name!r}; drop it")
+        (user,) = user_numbers(bundle, [request.user])
+        item_L, mark_L = own_history(bundle, user)
+        if request.history is not None:
+            item_L = item_numbers(bundle, request.history)
+            unknown += int((item_L == 0).sum())
+            item_L = item_L[item_L > 0]
+            mark_L = np.zeros(len(item_L), np.int8)
+        rows.append(Row(Profile(int(user), item_L, mark_L, table_lent(bundle, user)), target_C, request.time))
+    if unknown:
+        log.warning("%d history items of the requests are unknown to the bundle and were passed over", unknown)
+    return score_rows(bundle, rows)
+
+
+def lengths(bundle: Bundle) -> tuple[int, ...]:
+    """History lengths that are compiled, ascending; the last one is the cap."""
+    cfg = bundle.manifest["config"]["ctr"]
+    cap = int(cfg["cap"])
+    return tuple(sorted({min(int(bucket), cap) for bucket in cfg["buckets"]} | {cap}))
+
+
+def score_rows(bundle: Bundle, rows: Sequence[Row]) -> list[np.ndarray]:
+    """Click probabilities [C] float32 of each row's items. Rows of about one length share batches of a few shapes."""
+    bounds = lengths(bundle)
+    length_X = np.array([len(history(bundle, row)[0]) for row in rows], np.int64)
+    bucket_X = np.searchsorted(bounds, length_X)
+    out = [np.zeros(len(row.target_C), np.float32) for row in rows]
+    for bucket in np.unique(bucket_X):
+        member_X = np.flatnonzero(bucket_X == bucket).tolist()
+        count_X = np.array([len(rows[x].target_C) for x in member_X])
+        batches = make_batches(bundle, [rows[x] for x in member_X], int(bounds[bucket]))
+        score_B = objective.score(bundle.model, bundle.params, bundle.statistics, bundle.tables, batches)
+        for x, part_C in zip(member_X, np.split(score_B, np.cumsum(count_X)[:-1]), strict=True):
+            out[x] = part_C
+    return out
+
+
+def history(bundle: Bundle, row: Row) -> tuple[np.ndarray, np.ndarray, int]:
+    """The augmented history of Eq. 18, cut to the cap such that own entries survive: items [L], marks [L], and how many
+    of them are borrowed. With `time_safe` what a donor met later than the row is blanked."""
+    cap = lengths(bundle)[-1]
+    item_L, mark_L, lent = row.profile.item_L[-cap:], row.profile.mark_L[-cap:], row.profile.lent
+    extra = min(cap - len(item_L), len(lent.item_S))
+    part = slice(len(lent.item_S) - extra, None)
+    item_S, mark_S = lent.item_S[part], lent.mark_S[part]
+    if bundle.manifest["lends"]["time_safe"] and row.time is not None:
+        kept_S = lent.time_S[part] <= row.time
+        item_S, mark_S = np.where(kept_S, item_S, 0), np.where(kept_S, mark_S, 0)
+    return np.concatenate([item_S, item_L]), np.concatenate([mark_S, mark_L]), extra
+
+
+def make_batches(bundle: Bundle, rows: Sequence[Row], length: int) -> Iterator[CtrBatch]:
+    """The rows' items as batches of histories of `length`, which must hold all of them, in order."""
+    history_XL, mark_XL = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int8)
+    borrowed_XL = np.zeros((len(rows), length), bool)
+    for x, row in enumerate(rows):
+        item_L, mark_L, extra = history(bundle, row)
+        history_XL[x, : len(item_L)], mark_XL[x, : len(item_L)] = item_L, mark_L
+        borrowed_XL[x, :extra] = item_L[:extra] > 0
+    row_B = np.repeat(np.arange(len(rows)), [len(row.target_C) for row in rows])
+    target_B = np.concatenate([row.target_C for row in rows]).astype(np.int32)
+    label_B = np.concatenate([np.zeros(len(row.target_C)) if row.label_C is None else row.label_C for row in rows])
+    user_B = np.array([shown_user(bundle, row.profile.user) for row in rows], np.int32)[row_B] + 1
+    dense_BJ = _numbers(bundle, rows)
+    marked = bundle.manifest["config"]["ctr"]["inputs"] == "strong"
+    for begin in range(0, len(row_B), SIZES[-1]):
+        part = slice(begin, begin + SIZES[-1])
+        at_B, n = row_B[part], len(row_B[part])
+        history_BL, borrowed_BL = history_XL[at_B], borrowed_XL[at_B]
+        if bundle.manifest["lends"]["drop_target"]:
+            same_BL = borrowed_BL & (history_BL == target_B[part][:, None])
+            history_BL, borrowed_BL = np.where(same_BL, 0, history_BL), borrowed_BL & ~same_BL
+        size = SIZES[int(np.searchsorted(SIZES, n))]
+        values = (
+            user_B[part], target_B[part], label_B[part].astype(np.float32), np.ones(n, np.float32), history_BL,
+            borrowed_BL, mark_XL[at_B] * (history_BL > 0) if marked else None,
+            None if dense_BJ is None else dense_BJ[part],
+        )  # fmt: skip
+        yield CtrBatch(*(None if value is None else _padded(value, size) for value in values))
+
+
+def shown_user(bundle: Bundle, user: int) -> int:
+    """The number that the model sees; -1 for none, where it knows users with few rows by their histories alone."""
+    hidden = bundle.manifest["lends"]["hidden"] and user >= 0 and bundle.users.group_U[user] in (LOW, NEW)
+    return -1 if hidden else user
+
+
+def _numbers(bundle: Bundle, rows: Sequence[Row]) -> np.ndarray | None:
+    if not rows or not dense_width(bundle.known):
+        return None
+    cap, parts = int(bundle.manifest["config"]["retrieval"]["history"]), []
+    for row in rows:
+        for begin in range(0, len(row.target_C), SIZES[-1]):
+            target_C = row.target_C[begin : begin + SIZES[-1]]
+            size = SIZES[int(np.searchsorted(SIZES, len(target_C)))]
+            found = numbers(bundle.known, *row.profile[:3], target_C, cap=cap, size=size)
+            if found is not None:
+                parts.append(found)
+    return np.concatenate(parts) if parts else None
+
+
+def _padded(value: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(value, [(0, size - len(value))] + [(0, 0)] * (value.ndim - 1))

@@ -1,0 +1,122 @@
+"""The bundles of a service: one folder a version, and a pointer to the one that is served.
+
+versions/000007-1f3a99c2/   a bundle, under a number that grows and the head of its sum
+CURRENT                     {"version": ..., "published": seconds, "earlier": [versions served before, the latest last]}
+
+A version appears by a rename, and is served from the next rename on, that of the pointer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from marsjax import files
+from marsjax.serving.bundle import check_bundle
+
+POINTER, VERSIONS, LOCK = "CURRENT", "versions", ".lock"
+
+
+class Current(NamedTuple):
+    """What the pointer says."""
+
+    version: str
+    published: float  # seconds since the epoch
+    earlier: tuple[str, ...]  # the latest last
+
+
+def publish(root: pathlib.Path, bundle: pathlib.Path, *, keep: int) -> str:
+    """Copies a bundle into `root`, points to it and removes all but the `keep` served last; returns the version.
+
+    Raises:
+        ValueError: no bundle or a damaged one; nothing has changed.
+        OSError: the disk is full; nothing has changed.
+    """
+    if keep < 1:
+        raise ValueError(f"publish: expected to keep 1 version or more, found {keep}")
+    bundle, root = pathlib.Path(bundle), pathlib.Path(root)
+    manifest = check_bundle(bundle)
+    with _locked(root):
+        number = 1 + max((int(path.name.split("-")[0]) for path in _versions(root)), default=0)
+        version = f"{number:06d}-{manifest['sum'][:8]}"
+        with files.write_folder(root / VERSIONS / version) as partial:
+            for path in sorted(bundle.rglob("*")):
+                if path.is_file():
+                    files.copy_file(path, partial / path.relative_to(bundle))
+            check_bundle(partial)  # what was copied, not what was there before
+        before = read_current(root)
+        _point(root, version, () if before is None else (*before.earlier, before.version))
+        _remove_old(root, keep)
+    return version
+
+
+def rollback(root: pathlib.Path) -> str:
+    """Points to the version that was served before; returns it. The version left stays on the disk.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    root = pathlib.Path(root)
+    with _locked(root):
+        current = read_current(root)
+        there = {path.name for path in _versions(root)}
+        earlier = [] if current is None else [version for version in current.earlier if version in there]
+        if not earlier:
+            found = "nothing published" if current is None else f"only {current.version}"
+            raise ValueError(
+                f"{root}: expected an earlier version to go back to, found {found}; publish another bundle"
+            )
+        check_bundle(root / VERSIONS / earlier[-1])
+        _point(root, earlier[-1], tuple(earlier[:-1]))
+    return earlier[-1]
+
+
+def read_current(root: pathlib.Path) -> Current | None:
+    """What is served now; None before anything was published. Raises ValueError where the pointer is damaged."""
+    path = pathlib.Path(root) / POINTER
+    if not path.is_file():
+        return None
+    value: Any = files.read_json(path)
+    try:
+        return Current(str(value["version"]), float(value["published"]), tuple(map(str, value["earlier"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected version, published and earlier, found {type(error).__name__}: {error}; publish again"
+        ) from error
+
+
+def folder_of(root: pathlib.Path, version: str) -> pathlib.Path:
+    """The bundle of a version."""
+    return pathlib.Path(root) / VERSIONS / version
+
+
+def _point(root: pathlib.Path, version: str, earlier: tuple[str, ...]) -> None:
+    there = {path.name for path in _versions(root)}
+    kept = [name for name in earlier if name in there and name != version]
+    files.write_json(root / POINTER, {"version": version, "published": time.time(), "earlier": kept})
+
+
+def _versions(root: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in (root / VERSIONS).glob("[0-9]*-*") if path.is_dir())
+
+
+def _remove_old(root: pathlib.Path, keep: int) -> None:
+    """Keeps what was served last: a version that was rolled back from is no use any more."""
+    current = read_current(root)
+    kept = [] if current is None else [current.version, *current.earlier[::-1]][:keep]
+    for path in _versions(root):
+        if path.name not in kept:
+            files.remove_folder(path)
+
+
+@contextlib.contextmanager
+def _locked(root: pathlib.Path) -> Iterator[None]:
+    """One publisher at a time; the lock goes with the process that holds it."""
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,332 @@
+"""The runner's vectors are the pipeline's, a kill loses and doubles nothing, and a worse model is not published."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from marsjax.records import LOW
+from marsjax.serving import bundle as serving
+from marsjax.serving import continuation, lending, people, runner, scoring, snapshots, versions
+from marsjax.serving.events import Event, decode_history, encode_event
+from marsjax.serving.storage import RUNNER, TRAINER, open_storage
+from marsjax.serving.vectors import decode_vector, digest
+
+
+@pytest.fixture(scope="module")
+def model(bundle_folder):
+    bundle = serving.load_bundle(bundle_folder)
+    return runner.Model("v1", bundle, serving.load_encoder(bundle))
+
+
+@pytest.fixture
+def storage(tmp_path):
+    opened = open_storage(f"sqlite:{tmp_path}/s.sqlite", timeout=5.0, ttl=1000.0)
+    opened.join(RUNNER)
+    opened.join(TRAINER)
+    yield opened
+    opened.close()
+
+
+def consume(storage, model):
+    while runner.consume(storage, model.bundle, count=50, wait=0.0, most_deliveries=10):
+        pass
+
+
+def name(model, number):
+    return str(model.bundle.items.raw_id_N[number])
+
+
+def send(storage, events):
+    storage.append([encode_event(event) for event in events])
+
+
+def make_events(bundle, n, *, seed=0, head="e", time_from=10**6):
+    rng = np.random.default_rng(seed)
+    users, names = bundle.users.raw_user_U, bundle.items.raw_id_N[1:]
+    return [
+        Event(f"{head}{i}", str(rng.choice(users)), str(rng.choice(names)), float(rng.random() < 0.5), time_from + i)
+        for i in range(n)
+    ]
+
+
+def test_histories_begin_with_those_of_the_bundle(storage, model):
+    bundle = model.bundle
+    user = str(bundle.users.raw_user_U[3])
+    send(
+        storage,
+        [Event("n1", user, "an item of the future", 1.0, 10**6), Event("n2", user, name(model, 1), 1.0, 10**6 + 1)],
+    )
+    consume(storage, model)
+    (data,) = storage.histories([user])
+    entries = decode_history(data)
+    item_L, _ = scoring.own_history(bundle, 3)
+    found, mark_L = people.of_entries(bundle, entries)
+    np.testing.assert_array_equal(found[:-1], item_L)
+    assert bundle.items.raw_id_N[found[-1]] == name(model, 1)
+    assert mark_L[-1] == 2
+    assert entries[-2].item == "an item of the future"  # kept for a model that knows it
+
+
+def test_vectors_are_of_the_model_and_of_the_history_as_it_is(storage, model):
+    user = str(model.bundle.users.raw_user_U[5])
+    send(storage, [Event("n1", user, name(model, 2), 1.0, 10**6), Event("n2", "new", name(model, 3), 1.0, 10**6)])
+    consume(storage, model)
+    assert runner.embed_changed(storage, model, count=10) == 2
+    assert storage.changed(10) == []
+    history, data = storage.lookup(user, "v1")
+    vector = decode_vector(data, width=len(model.bundle.lenders.centre_D))
+    assert vector.version == "v1"
+    assert vector.history == digest(history)
+    alone = runner.embed_histories(model.bundle, model.encoder, [decode_history(history)])
+    np.testing.assert_allclose(vector.vector_D, alone[0], atol=1e-6)
+    assert storage.lookup(user, "v2")[1] is None
+    assert runner.embed_changed(storage, model, count=10) == 0
+
+
+def test_garbage_and_what_is_never_acknowledged_become_dead_letters(storage, model):
+    storage.append([b"\x00garbage", encode_event(Event("e", "u", "i", 1.0, 1)), b"{}"])
+    consume(storage, model)
+    assert {letter.data for letter in storage.dead_letters(10)} == {b"\x00garbage", b"{}"}
+    assert storage.backlog(RUNNER) == 0
+    storage.append([encode_event(Event("poison", "u", "i", 1.0, 1))])
+    for _ in range(11):  # eleven processes died of it
+        storage.read(RUNNER, count=50, wait=0.0)
+    consume(storage, model)
+    assert "handed out 12 times" in storage.dead_letters(1)[0].reason
+    assert storage.backlog(RUNNER) == 0
+
+
+def test_a_new_version_gets_vectors_of_its_own(storage, model, bundle_folder, tmp_path):
+    root = tmp_path / "root"
+    first = versions.publish(root, bundle_folder, keep=3)
+    followed = runner.follow(root, storage, None)
+    assert followed.version == first
+    assert runner.follow(root, storage, followed) is followed
+    send(storage, make_events(model.bundle, 5))
+    consume(storage, followed)
+    runner.embed_changed(storage, followed, count=100)
+    second = versions.publish(root, bundle_folder, keep=3)
+    followed = runner.follow(root, storage, followed)
+    assert followed.version == second
+    users = [change.user for change in storage.changed(100)]
+    assert users
+    runner.embed_changed(storage, followed, count=100)
+    assert all(storage.lookup(user, second)[1] for user in users)
+    assert all(storage.lookup(user, first)[1] for user in users)  # the service may still answer with it
+
+
+def test_donors_who_went_on_lend_what_they_did_since(storage, model):
+    bundle = model.bundle
+    assert runner.renew_lenders(storage, model, bundle.lenders) is None
+    donors = bundle.lenders.donors
+    donor, names = str(bundle.users.raw_user_U[donors.user_P[0]]), bundle.items.raw_id_N[1:15]
+    send(storage, [Event(f"d{i}", donor, str(name), 1.0, 10**6 + i) for i, name in enumerate(names)])
+    consume(storage, model)
+    renewed = runner.renew_lenders(storage, model, bundle.lenders)
+    np.testing.assert_array_equal(renewed.donors.item_PL[1:], donors.item_PL[1:])
+    last = renewed.donors.item_PL[0]
+    np.testing.assert_array_equal(last[last > 0][-14:], np.arange(1, 15))
+    assert renewed.donors.time_PL[0].max() == 10**6 + 13
+    assert (renewed.mark_PL[0][last > 0][-14:] == 2).all()
+    unit_PD, before_PD = renewed.user_index.unit_PD, bundle.lenders.user_index.unit_PD
+    np.testing.assert_allclose(unit_PD[1:], before_PD[1:], atol=1e-6)
+    assert np.abs(unit_PD[0] - before_PD[0]).max() > 1e-3
+    # Looked up from its own vector, the donor is the nearest to itself, with its new items.
+    history = decode_history(storage.histories([donor])[0])
+    (vector_D,) = runner.embed_histories(bundle, model.encoder, [history])
+    (lent,) = lending.lend(renewed, bundle.manifest["config"], vector_D[None])
+    assert set(lent.donor_S) == {donors.user_P[0]}
+
+
+def embed(model):
+    return lambda histories: runner.embed_histories(model.bundle, model.encoder, histories)
+
+
+def test_rows_to_train_on_see_only_what_came_before(storage, model):
+    user = next(
+        str(name)
+        for name, group in zip(model.bundle.users.raw_user_U, model.bundle.users.group_U, strict=True)
+        if group == LOW
+    )
+    events = [Event(f"r{i}", user, name(model, i + 1), 1.0, 10**6 + i) for i in range(4)]
+    send(storage, events)
+    consume(storage, model)
+    rows = continuation.make_rows(
+        model.bundle, storage, [*events, Event("x", user, "unknown", 1.0, 1)], embed=embed(model)
+    )
+    assert len(rows) == 4
+    number = int(np.flatnonzero(model.bundle.users.raw_user_U == user)[0])
+    own = len(scoring.own_history(model.bundle, number)[0])
+    for i, row in enumerate(rows):
+        assert len(row.profile.item_L) == own + i
+        assert row.target_C[0] not in row.profile.item_L[own:]
+        assert row.label_C[0] == 1.0
+        before = decode_history(storage.histories([user])[0])[: own + i]
+        (vector_D,) = runner.embed_histories(model.bundle, model.encoder, [before])
+        (lent,) = lending.lend(model.bundle.lenders, model.bundle.manifest["config"], vector_D[None])
+        np.testing.assert_array_equal(row.profile.lent.item_S, lent.item_S)
+
+
+def test_training_goes_on_and_a_better_model_is_published(storage, model, bundle_folder, tmp_path):
+    """Labels that the model can learn: one half of the items is liked. The second time begins where the first ended."""
+    root, bundle = tmp_path / "root", model.bundle
+    version = versions.publish(root, bundle_folder, keep=5)
+    settings = continuation.Settings(least_events=100, rate=3.0, least_judges=10)
+    say = {"embed": embed(model), "keep": 5}
+    assert continuation.continue_training(root, storage, version, bundle, settings, **say) is None  # nothing is new
+
+    def learnable(head, seed):
+        return [
+            event._replace(label=float(int(event.item[1:]) % 2))
+            for event in make_events(bundle, 400, seed=seed, head=head)
+        ]
+
+    losses = []
+    for head, seed in (("a", 1), ("b", 2)):
+        send(storage, learnable(head, seed))
+        consume(storage, model)
+        published = continuation.continue_training(root, storage, version, bundle, settings, **say)
+        assert published == versions.read_current(root).version != version
+        version, bundle = published, serving.load_bundle(versions.folder_of(root, published))
+        trained = bundle.manifest["trained"]
+        assert trained["log_loss"] < trained["log_loss_before"]
+        assert storage.backlog(TRAINER) == 0
+        losses.append(trained["log_loss"])
+    assert losses[1] < losses[0]
+    assert continuation.continue_training(root, storage, version, bundle, settings, **say) is None
+    held = [json.loads(line)["id"] for line in (root / "training" / "held_out.jsonl").read_text().splitlines()]
+    assert held
+    assert all(continuation.is_held_out(name, settings.held_out) for name in held)
+
+
+@pytest.mark.parametrize("why", ["worse", "not finite", "too few judges"])
+def test_a_worse_model_is_not_published(storage, model, bundle_folder, tmp_path, caplog, why, monkeypatch):
+    root = tmp_path / "root"
+    version = versions.publish(root, bundle_folder, keep=5)
+    settings = continuation.Settings(least_events=10, least_judges=10**6 if why == "too few judges" else 5)
+    spoiled = {
+        "worse": lambda leaf: leaf * 30.0,
+        "not finite": lambda leaf: leaf * np.nan,
+        "too few judges": lambda leaf: leaf,
+    }
+    train = continuation._train
+
+    def spoil(*arguments):
+        ctr, state, steps = train(*arguments)
+        return (
+            {"params": continuation.jax.tree.map(spoiled[why], ctr["params"]), "statistics": ctr["statistics"]},
+            state,
+            steps,
+        )
+
+    monkeypatch.setattr(continuation, "_train", spoil)
+    send(storage, make_events(model.bundle, 200))
+    consume(storage, model)
+    found = continuation.continue_training(root, storage, version, model.bundle, settings, embed=embed(model), keep=5)
+    assert found is None
+    assert "is not published: log loss" in caplog.text
+    assert versions.read_current(root).version == version
+    assert storage.backlog(TRAINER) == 0
+
+
+def test_the_runner_runs_follows_and_stops(bundle_folder, storage, model, tmp_path):
+    root, stop = tmp_path / "root", threading.Event()
+    settings = runner.Settings(
+        root, wait=0.02, lenders_seconds=0.1, train_seconds=0.0, trim_seconds=0.1, rebuild_hour=-1
+    )
+    thread = threading.Thread(target=runner.run, args=(settings, storage, stop))
+    thread.start()
+    version = versions.publish(root, bundle_folder, keep=2)
+    donor = str(model.bundle.users.raw_user_U[model.bundle.lenders.donors.user_P[0]])
+    send(storage, [*make_events(model.bundle, 20), Event("d", donor, name(model, 1), 1.0, 10**6)])
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        wanted = snapshots.wanted(root)
+        if storage.backlog(RUNNER) == 0 and not storage.changed(1) and wanted.lenders != "bundle":
+            break
+        time.sleep(0.05)
+    stop.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert storage.lookup(donor, version)[1] is not None
+    snapshot = snapshots.load(root, snapshots.wanted(root), None)
+    assert snapshot.lenders_version != "bundle"
+    assert 1 in snapshot.lenders.donors.item_PL[0]
+
+
+WORKER = """
+import pathlib, sys
+from marsjax.serving import events, storage as storing
+storage = storing.open_storage(sys.argv[1], timeout=5.0, ttl=1000.0)
+storage.join(storing.RUNNER)
+print("up", flush=True)
+while True:
+    messages = storage.read(storing.RUNNER, count=7, wait=0.05)
+    entries = {}
+    for message in messages:
+        event = events.decode_event(message.data)
+        entries.setdefault(event.user, []).append(events.Entry(event.time, event.id, event.item, event.label))
+    if messages:
+        storage.apply(storing.RUNNER, entries, [m.id for m in messages], cap=10_000, seed=lambda user: [])
+"""
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_kills_lose_no_acknowledged_event_and_double_none(kind, request, tmp_path):
+    """What the runner does to the store, killed at random moments while events come; `tools/serving_faults` kills the
+    whole runner, and more often."""
+    url = f"sqlite:{tmp_path}/s.sqlite"
+    if kind == "redis":
+        import redis
+
+        url = request.getfixturevalue("redis_server").url
+        with redis.Redis.from_url(url) as client:
+            client.flushall()
+    storage = open_storage(url, timeout=5.0, ttl=1000.0)
+    storage.join(RUNNER)
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    rng, sent, stop = random.Random(0), [], threading.Event()
+
+    def produce():
+        while not stop.is_set():
+            batch = [Event(f"e{len(sent) + i}", f"u{rng.randrange(5)}", "i", 1.0, rng.randrange(100)) for i in range(5)]
+            send(storage, batch)
+            sent.extend(batch)
+            time.sleep(0.002)
+
+    producer = threading.Thread(target=produce)
+    for number in range(4):
+        worker = subprocess.Popen([sys.executable, "-c", WORKER, url], stdout=subprocess.PIPE, env=environment)
+        assert worker.stdout.readline() == b"up\n"
+        if not number:
+            producer.start()
+        time.sleep(rng.random() * 0.3)
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+        worker.stdout.close()
+    stop.set()
+    producer.join()
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, url], stdout=subprocess.PIPE, env=environment)
+    until = time.monotonic() + 60
+    while storage.backlog(RUNNER) and time.monotonic() < until:
+        time.sleep(0.05)
+    worker.kill()
+    worker.wait()
+    worker.stdout.close()
+    found = []
+    for data in storage.histories([f"u{i}" for i in range(5)]):
+        found += [entry.id for entry in decode_history(data or b"[]")]
+    assert len(sent) > 50
+    assert sorted(found) == sorted(event.id for event in sent)
+    with contextlib.suppress(Exception):
+        storage.close()

@@ -1,0 +1,140 @@
+"""Online and offline are the same functions: what is looked up is what training saw."""
+
+import numpy as np
+import pytest
+
+from marsjax.records import LOW
+from marsjax.serving import bundle as serving
+from marsjax.serving import lending, portable, runner, scoring
+from marsjax.serving.events import Entry
+from marsjax.training import checkpoint
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_folder):
+    return serving.load_bundle(bundle_folder)
+
+
+def low_users(bundle):
+    lent_U = np.diff(bundle.users.borrowed_U1)
+    return np.flatnonzero((bundle.users.group_U == LOW) & (lent_U > 0))
+
+
+def test_what_is_looked_up_anew_is_what_the_pipeline_lent(bundle):
+    users = low_users(bundle)
+    found = lending.lend(bundle.lenders, bundle.manifest["config"], bundle.users.user_UD[users])
+    assert len(users) > 5
+    for user, lent in zip(users, found, strict=True):
+        expected = scoring.table_lent(bundle, user)
+        for name in ("item_S", "time_S", "donor_S", "mark_S"):
+            np.testing.assert_array_equal(getattr(lent, name), getattr(expected, name), err_msg=name)
+        np.testing.assert_allclose(lent.similarity_S, expected.similarity_S, atol=1e-5)
+    assert any(mark == 1 for lent in found for mark in lent.mark_S) or any(
+        mark == 2 for lent in found for mark in lent.mark_S
+    )
+
+
+def test_a_vector_without_length_or_an_empty_index_lends_nothing(bundle):
+    config, width = bundle.manifest["config"], len(bundle.lenders.centre_D)
+    (nothing,) = lending.lend(bundle.lenders, config, np.zeros((1, width), np.float32))
+    assert not len(nothing.item_S)
+    empty = bundle.lenders._replace(
+        user_index=lending.retrieval.build_index(np.zeros((0, width), np.float32), np.zeros(0, np.int64))
+    )
+    (nothing,) = lending.lend(empty, config, np.ones((1, width), np.float32))
+    assert not len(nothing.item_S)
+
+
+def test_lenders_come_back_as_they_were_written(bundle, tmp_path):
+    lending.write_lenders(tmp_path, bundle.lenders)
+    read = lending.read_lenders(tmp_path, bundle.items.item_ND)
+    users = low_users(bundle)
+    config, vector_QD = bundle.manifest["config"], bundle.users.user_UD[users]
+    one, other = (lending.lend(lenders, config, vector_QD) for lenders in (bundle.lenders, read))
+    np.testing.assert_array_equal(
+        np.concatenate([lent.item_S for lent in one]), np.concatenate([lent.item_S for lent in other])
+    )
+
+
+def test_scores_do_not_depend_on_what_else_is_scored(bundle):
+    rng = np.random.default_rng(0)
+    names, users = bundle.items.raw_id_N[1:], bundle.users.raw_user_U
+    requests = [
+        scoring.Request(str(rng.choice(users)), tuple(rng.choice(names, rng.integers(1, 40)))) for _ in range(60)
+    ]
+    together = scoring.score(bundle, requests)
+    for request, score_C in zip(requests, together, strict=True):
+        (alone,) = scoring.score(bundle, [request])
+        np.testing.assert_allclose(alone, score_C, atol=1e-6)
+    many = scoring.Request(str(users[0]), tuple(rng.choice(names, 2500)))  # more than one batch holds
+    (score_C,) = scoring.score(bundle, [many])
+    assert score_C.shape == (2500,)
+    (last,) = scoring.score(bundle, [many._replace(items=many.items[-3:])])
+    np.testing.assert_allclose(score_C[-3:], last, atol=1e-6)
+    assert scoring.score(bundle, []) == []
+
+
+def test_the_portable_function_scores_as_the_module_does(bundle):
+    """StableHLO beside the orbax export, for batches and lengths that neither was compiled for."""
+    function = portable.load_scoring(bundle.folder / serving.SCORING)
+    leaves = checkpoint.load_params(bundle.folder / "ctr")
+    tables = portable.table_arrays(bundle.tables)
+    for users, length in ((low_users(bundle)[:3], 13), (low_users(bundle)[:7], 20)):
+        rows = [
+            scoring.Row(
+                scoring.Profile(int(user), *scoring.own_history(bundle, user), scoring.table_lent(bundle, user)),
+                np.arange(1, 4, dtype=np.int32),
+            )
+            for user in users
+        ]
+        rows = [row for row in rows if len(scoring.history(bundle, row)[0]) <= length]
+        expected = np.concatenate(scoring.score_rows(bundle, rows))
+        (batch,) = scoring.make_batches(bundle, rows, length)
+        n = len(expected)
+        found = function.call(
+            leaves,
+            tables,
+            {
+                "user": batch.user_B[:n],
+                "target": batch.target_B[:n],
+                "history": batch.history_BL[:n],
+                "borrowed": batch.borrowed_BL[:n],
+            },
+        )
+        assert batch.borrowed_BL.any()
+        np.testing.assert_allclose(np.asarray(found), expected, atol=1e-6)
+
+
+def test_the_encoder_of_a_bundle_makes_the_vectors_of_the_pipeline(bundle):
+    """Vectors of users from their training histories, which a bundle's longest histories begin with."""
+    encoder, users = serving.load_encoder(bundle), bundle.users
+    donors = bundle.lenders.donors
+    histories = [
+        [Entry(int(t), "", str(bundle.items.raw_id_N[i]), 1.0) for i, t in zip(items, times, strict=True) if i > 0]
+        for items, times in zip(donors.item_PL, donors.time_PL, strict=True)
+    ]
+    found = runner.embed_histories(bundle, encoder, histories)
+    np.testing.assert_allclose(found, users.user_UD[donors.user_P], atol=2e-5)
+
+
+def test_own_entries_survive_and_late_loans_are_blanked(bundle):
+    cap = scoring.lengths(bundle)[-1]
+    lent = lending.Lent(
+        np.arange(1, 6, dtype=np.int32), np.arange(10, 60, 10), np.zeros(5, np.int32), np.zeros(5, np.float32),
+        np.full(5, 2, np.int8),
+    )  # fmt: skip
+    own = np.arange(20, 20 + cap - 3, dtype=np.int32)
+    row = scoring.Row(scoring.Profile(0, own, np.ones(len(own), np.int8), lent), np.array([1], np.int32), time=40)
+    item_L, mark_L, extra = scoring.history(bundle, row)
+    assert extra == 3
+    assert list(item_L[:3]) == [3, 4, 5]
+    np.testing.assert_array_equal(item_L[3:], own)
+    assert list(mark_L[:4]) == [2, 2, 2, 1]
+    safe = bundle._replace(manifest=bundle.manifest | {"lends": bundle.manifest["lends"] | {"time_safe": True}})
+    assert list(scoring.history(safe, row)[0][:3]) == [3, 4, 0]
+    full = row._replace(
+        profile=row.profile._replace(item_L=np.arange(cap + 9, dtype=np.int32), mark_L=np.zeros(cap + 9, np.int8))
+    )
+    item_L, _, extra = scoring.history(bundle, full)
+    assert extra == 0
+    assert list(item_L) == list(range(9, cap + 9))

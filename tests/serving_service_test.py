@@ -1,0 +1,499 @@
+"""The service over real HTTP: parity with offline scores, fallbacks, limits, swaps, and nothing drawn breaks it."""
+
+import contextlib
+import http.client
+import json
+import pathlib
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from marsjax import files
+from marsjax.records import LOW
+from marsjax.serving import bundle as serving
+from marsjax.serving import runner, scoring, service, snapshots, versions
+from marsjax.serving.storage import RUNNER, StorageError, open_storage
+
+
+class Client:
+    """One service in a thread of this process, and requests to it."""
+
+    def __init__(self, root, storage, **changes):
+        self.root, self.storage = pathlib.Path(root), storage
+        # Deadlines that a loaded test machine keeps.
+        made = service.Settings(
+            self.root, **({"deadline": 30.0, "store_deadline": 5.0, "poll": 0.05, "rate": 1e6} | changes)
+        )
+        self.server = service.make_server(made, storage)
+        self.app = self.server.config.app
+        self.state = self.app.state.marsjax
+        line = socket.create_server(("127.0.0.1", 0))
+        self.port = line.getsockname()[1]
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [line]}, daemon=True)
+        self.thread.start()
+
+    def call(self, method, path, body=None, headers=None, raw=False):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        connection.request(method, path, data, {"content-type": "application/json"} | (headers or {}))
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        return answer.status, content.decode() if raw else json.loads(content)
+
+    def post(self, path, body, **headers):
+        return self.call("POST", path, body, headers)
+
+    def score(self, user, candidates, **more):
+        status, answer = self.post("/v1/score", {"user": user, "candidates": list(candidates), **more})
+        assert status == 200, answer
+        return answer
+
+    def metric(self, name):
+        for line in self.call("GET", "/metrics", raw=True)[1].splitlines():
+            if line.startswith(name + " ") or line.startswith(name + "{"):
+                head, value = line.rsplit(" ", 1)
+                if head == name:
+                    return float(value)
+        return 0.0
+
+    def wait_ready(self, version=None):
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError):
+                status, answer = self.call("GET", "/readyz")
+                if status == 200 and version in (None, answer["version"]):
+                    return answer
+            time.sleep(0.02)
+        raise TimeoutError(f"not ready: {version}")
+
+    def stop(self):
+        self.server.should_exit = True
+        self.thread.join(30)
+
+
+@contextlib.contextmanager
+def serving_from(root, storage, **changes):
+    client = Client(root, storage, **changes)
+    try:
+        yield client
+    finally:
+        client.stop()
+
+
+@pytest.fixture(scope="module")
+def root(bundle_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("root")
+    versions.publish(folder, bundle_folder, keep=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    opened = open_storage(f"sqlite:{tmp_path_factory.mktemp('store')}/s.sqlite", timeout=5.0, ttl=1000.0)
+    opened.join(RUNNER)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def client(root, storage):
+    with serving_from(root, storage) as made:
+        made.wait_ready()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_folder):
+    return serving.load_bundle(bundle_folder)
+
+
+def low_user(bundle, nth=0):
+    low_U = np.flatnonzero((bundle.users.group_U == LOW) & (np.diff(bundle.users.borrowed_U1) > 0))
+    return str(bundle.users.raw_user_U[low_U[nth]])
+
+
+def items(bundle, n):
+    return [str(name) for name in bundle.items.raw_id_N[1 : n + 1]]
+
+
+def event(name, user, item, label=1, when=10**6):
+    return {"id": name, "user": user, "item": item, "label": label, "time": when}
+
+
+def consume_all(storage, bundle, version):
+    model = runner.Model(version, bundle, serving.load_encoder(bundle))
+    while runner.consume(storage, bundle, count=100, wait=0.0, most_deliveries=10):
+        pass
+    while runner.embed_changed(storage, model, count=100):
+        pass
+
+
+def test_online_scores_are_the_offline_ones_and_nothing_compiles(client, bundle):
+    """Random users, known and not, with and without histories; many at once, so that they share batches."""
+    rng = np.random.default_rng(0)
+    names, users = bundle.items.raw_id_N[1:], [*bundle.users.raw_user_U, "stranger"]
+    requests = []
+    for _ in range(150):
+        history = tuple(map(str, rng.choice(names, rng.integers(0, 30)))) if rng.random() < 0.3 else None
+        candidates = tuple(map(str, rng.choice(names, rng.integers(1, 60))))
+        requests.append(scoring.Request(str(rng.choice(users)), candidates, history))
+    offline = scoring.score(bundle, requests)
+
+    def ask(request):
+        more = {} if request.history is None else {"history": request.history}
+        return client.score(request.user, request.items, **more)
+
+    compiled = client.state.compilations.serving
+    with ThreadPoolExecutor(8) as pool:
+        online = list(pool.map(ask, requests))
+    assert client.state.compilations.serving == compiled
+    assert client.metric("marsjax_compilations_while_serving") == 0 or compiled > client.state.compiled_before
+    worst = max(np.abs(a["scores"] - b).max() for a, b in zip(online, offline, strict=True))
+    assert worst < 1e-5
+    assert sum(answer["borrowed"] > 0 for answer in online) > 10
+    assert {answer["version"] for answer in online} == {versions.read_current(client.root).version}
+
+
+def test_what_is_borrowed_is_told(client, bundle):
+    user = low_user(bundle)
+    status, answer = client.post("/v1/augment", {"user": user})
+    assert status == 200
+    number = int(np.flatnonzero(bundle.users.raw_user_U == user)[0])
+    lent = scoring.table_lent(bundle, number)
+    assert [row["item"] for row in answer["borrowed"]] == [str(bundle.items.raw_id_N[i]) for i in lent.item_S]
+    assert {row["donor"] for row in answer["borrowed"]} == {str(bundle.users.raw_user_U[d]) for d in lent.donor_S}
+    scored = client.score(user, items(bundle, 3))
+    assert scored["donor"] == answer["borrowed"][-1]["donor"]
+    assert scored["borrowed"] == len(lent.item_S)
+    assert scored["fallback"] is None
+
+
+def test_events_reach_histories_vectors_and_scores(client, storage, bundle):
+    version = client.wait_ready()["version"]
+    known, names = low_user(bundle, 1), items(bundle, 12)
+    before = client.score(known, names)
+    sent = [
+        event("a1", known, names[0]),
+        event("a2", "newcomer", names[1]),
+        event("a3", "newcomer", names[2], when=10**6 + 1),
+    ]
+    assert client.post("/v1/events", {"events": sent}) == (202, {"accepted": 3})
+    cold = client.score("newcomer", names)
+    assert (cold["fallback"], cold["borrowed"], cold["donor"]) == ("unknown_user", 0, None)
+    while runner.consume(storage, bundle, count=100, wait=0.0, most_deliveries=10):
+        pass
+    without = client.score("newcomer", names)  # the history is there, the vector is not
+    assert (without["fallback"], without["borrowed"]) == ("no_vector", 0)
+    assert without["scores"] != cold["scores"]
+    consume_all(storage, bundle, version)
+    warm = client.score("newcomer", names)
+    assert warm["fallback"] is None
+    assert warm["borrowed"] > 0
+    assert warm["donor"] in set(map(str, bundle.users.raw_user_U))
+    after = client.score(known, names)
+    assert after["scores"] != before["scores"]
+    assert client.post("/v1/augment", {"user": known})[1]["history"][-1] == names[0]
+    again = [event("a1", known, names[0])]  # the same event once more
+    client.post("/v1/events", {"events": again})
+    consume_all(storage, bundle, version)
+    assert client.score(known, names) == after
+
+
+def test_unseen_items_get_a_score_and_are_counted(client, bundle):
+    before = client.metric('marsjax_fallbacks_total{reason="unseen_item"}')
+    answer = client.score(low_user(bundle), ["never seen", *items(bundle, 2)])
+    assert answer["unseen"] == [0]
+    assert np.isfinite(answer["scores"]).all()
+    assert len(answer["scores"]) == 3
+    assert client.metric('marsjax_fallbacks_total{reason="unseen_item"}') == before + 1
+
+
+class Broken:
+    """A store that is slow, or gone."""
+
+    def __init__(self, seconds):
+        self.seconds, self.calls = seconds, 0
+
+    def lookup(self, user, version):
+        self.calls += 1
+        time.sleep(self.seconds)
+        raise StorageError("gone")
+
+    def append(self, data):
+        raise StorageError("gone, at redis://secret:6379")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3.0])
+def test_a_slow_or_absent_store_costs_the_loan_and_not_the_answer(root, bundle, seconds):
+    user, names = low_user(bundle), items(bundle, 5)
+    number = int(np.flatnonzero(bundle.users.raw_user_U == user)[0])
+    profile = scoring.Profile(number, *scoring.own_history(bundle, number))
+    (expected,) = scoring.score_rows(bundle, [scoring.Row(profile, serving.item_numbers(bundle, names))])
+    store = Broken(seconds)
+    with serving_from(root, store, store_deadline=0.05, store_pause=60.0) as client:
+        client.wait_ready()
+        began = time.monotonic()
+        for _ in range(3):
+            answer = client.score(user, names)
+            assert (answer["fallback"], answer["borrowed"]) == ("store", 0)
+            np.testing.assert_allclose(answer["scores"], expected, atol=1e-6)
+        assert time.monotonic() - began < 2.5
+        assert store.calls == 1  # then it is left alone
+        assert client.metric('marsjax_fallbacks_total{reason="store"}') == 3
+        status, answer = client.post("/v1/events", {"events": [event("x", "u", "i")]})
+        assert status == 503
+        assert "secret" not in answer["error"]
+
+
+def test_what_comes_too_late_is_scored_without_a_loan(root, storage, bundle):
+    with serving_from(root, storage, deadline=-1.0, live=True) as client:
+        client.wait_ready()
+        answer = client.score(low_user(bundle), items(bundle, 3))
+        assert (answer["fallback"], answer["borrowed"]) == ("late", 0)
+        assert client.metric('marsjax_fallbacks_total{reason="late"}') == 1
+
+
+def test_before_a_bundle_is_there_nothing_is_ready(tmp_path, storage):
+    with serving_from(tmp_path, storage) as client:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError):
+                assert client.call("GET", "/healthz", raw=True) == (200, "ok")
+                break
+        assert client.call("GET", "/readyz")[0] == 503
+        assert client.post("/v1/score", {"user": "u", "candidates": ["i"]})[0] == 503
+
+
+def variant(bundle_folder, folder, factor):
+    """The same bundle with other parameters: every score differs."""
+    bundle = serving.load_bundle(bundle_folder)
+    scaled = {"params": _times(bundle.params, factor), "statistics": bundle.statistics}
+    serving.continue_bundle(folder, bundle, ctr=scaled, trained={"factor": factor})
+    return folder
+
+
+def _times(tree, factor):
+    return {name: _times(value, factor) if hasattr(value, "items") else np.asarray(value) * np.float32(factor)
+            for name, value in tree.items()}  # fmt: skip
+
+
+def test_swaps_under_load_fail_no_request_and_mix_no_versions(bundle_folder, storage, bundle, tmp_path):
+    """Each answer is exactly what one version says: the one it names. A damaged version is never served."""
+    root, user, names = tmp_path / "root", low_user(bundle, 2), items(bundle, 8)
+    folders = [variant(bundle_folder, tmp_path / f"b{i}", factor) for i, factor in enumerate((1.0, 0.5, 2.0))]
+    said = {}
+
+    def publish(number):
+        version = versions.publish(root, folders[number], keep=9)
+        said[version] = scoring.score(serving.load_bundle(folders[number]), [scoring.Request(user, tuple(names))])[0]
+        return version
+
+    publish(0)
+    answers, stop = [], threading.Event()
+    with serving_from(root, storage) as client:
+        client.wait_ready()
+
+        def ask():
+            while not stop.is_set():
+                answers.append(client.score(user, names))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for number in (1, 2, 0):
+            client.wait_ready(publish(number))
+        before = versions.read_current(root).version
+        damaged = versions.publish(root, folders[1], keep=9)
+        path = versions.folder_of(root, damaged) / "users.npz"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        time.sleep(0.5)
+        versions.rollback(root)
+        client.wait_ready(before)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert client.state.compilations.serving == client.state.compiled_before
+    assert len({answer["version"] for answer in answers} & set(said)) >= 3
+    for answer in answers:
+        if answer["version"] == damaged:  # it was served before it was damaged
+            continue
+        np.testing.assert_allclose(answer["scores"], said[answer["version"]], atol=1e-6)
+    assert max(np.abs(a - b).max() for a in said.values() for b in said.values()) > 1e-3
+
+
+def test_lenders_are_swapped_beside_the_bundle(bundle_folder, storage, bundle, tmp_path):
+    root = tmp_path / "root"
+    version = versions.publish(root, bundle_folder, keep=2)
+    kept = bundle.lenders.donors.user_P[1:]
+    fewer = bundle.lenders._replace(
+        user_index=runner.retrieval.build_index(bundle.users.user_UD[kept] - bundle.lenders.centre_D, kept)
+    )
+    with serving_from(root, storage) as client:
+        client.wait_ready()
+        name = snapshots.publish_lenders(root, version, fewer)
+        until = time.monotonic() + 60
+        while client.wait_ready()["lenders"] != name and time.monotonic() < until:
+            time.sleep(0.02)
+        gone = str(bundle.users.raw_user_U[bundle.lenders.donors.user_P[0]])
+        donors = {client.score(low_user(bundle, nth), items(bundle, 2))["donor"] for nth in range(5)}
+        assert gone not in donors
+        path = root / snapshots.FOLDER / snapshots.publish_lenders(root, version, bundle.lenders) / "donors.npz"
+        path.write_bytes(path.read_bytes()[:-1])  # truncated at once: refused, or swapped in just before
+        assert client.score(low_user(bundle), items(bundle, 2))["borrowed"] >= 0
+
+
+def test_bad_requests_are_told_what_is_wrong_and_nothing_of_the_machine(client):
+    cases = [
+        (b"{", 400, "json"),
+        (b"[" * 100_000, 400, ""),
+        ({"user": "u"}, 422, "body.candidates"),
+        ({"user": "u", "candidates": []}, 422, "body.candidates"),
+        ({"user": "u", "candidates": [1]}, 422, "body.candidates"),
+        ({"user": "u", "candidates": ["i"] * 1001}, 422, "body.candidates"),
+        ({"user": "", "candidates": ["i"]}, 422, "body.user"),
+        ({"user": "u", "candidates": ["i"], "more": 1}, 422, "body.more"),
+        ({"user": "\ud800", "candidates": ["i"]}, 422, "body.user"),
+        ({"user": "u", "candidates": ["i"], "context": {"time": 1e300}}, 422, "body.context.time"),
+    ]
+    for body, code, said in cases:
+        status, answer = client.post("/v1/score", body)
+        assert (status, set(answer)) == (code, {"error"}), (str(body)[:80], answer)
+        assert said in answer["error"].lower()
+        assert "/" not in answer["error"].replace("/openapi.json", "")
+    assert client.call("GET", "/nowhere")[0] == 404
+    assert client.call("GET", "/v1/score")[0] == 405
+    status, answer = client.post("/v1/score", {"user": "u" * 2_000_000, "candidates": ["i"]})
+    assert (status, "at most 1048576 bytes" in answer["error"]) == (413, True)
+
+
+def test_bodies_without_a_length_are_limited_too(client):
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
+    connection.putrequest("POST", "/v1/score")
+    connection.putheader("transfer-encoding", "chunked")
+    connection.endheaders()
+    with contextlib.suppress(OSError):
+        for _ in range(40):
+            connection.send(b"10000\r\n" + b" " * 65536 + b"\r\n")
+        connection.send(b"0\r\n\r\n")
+    with contextlib.suppress(OSError):
+        assert connection.getresponse().status == 413
+    connection.close()
+    assert client.call("GET", "/healthz", raw=True) == (200, "ok")
+
+
+def test_clients_have_a_rate(root, storage):
+    with serving_from(root, storage, rate=5.0) as client:
+        client.wait_ready()
+        found = [client.post("/v1/score", {"user": "u", "candidates": ["i"]})[0] for _ in range(20)]
+        assert {200, 429} == set(found)
+        assert client.call("GET", "/healthz", raw=True)[0] == 200  # never limited
+
+
+def test_tokens_guard_events_and_what_shows_users(client, monkeypatch, bundle):
+    body = {"events": [event("t", "u", "i")]}
+    monkeypatch.setenv(service.EVENTS_TOKEN, "eve")
+    monkeypatch.setenv(service.ADMIN_TOKEN, "adam")
+    for path, method, content, right in (
+        ("/v1/events", "POST", body, "eve"),
+        ("/metrics", "GET", None, "adam"),
+        ("/explain?user=u", "GET", None, "adam"),
+    ):  # fmt: skip
+        assert client.call(method, path, content, raw=True)[0] == 401
+        assert client.call(method, path, content, {"authorization": "Bearer wrong"}, raw=True)[0] == 401
+        assert client.call(method, path, content, {"authorization": f"Bearer {right}"}, raw=True)[0] in (200, 202)
+    assert client.score(low_user(bundle), items(bundle, 1))["version"]
+
+
+def test_other_addresses_than_loopback_need_tokens(monkeypatch):
+    monkeypatch.delenv(service.EVENTS_TOKEN, raising=False)
+    monkeypatch.delenv(service.ADMIN_TOKEN, raising=False)
+    with pytest.raises(ValueError, match="MARSJAX_EVENTS_TOKEN and MARSJAX_ADMIN_TOKEN"):
+        service.check_binding("0.0.0.0")
+    monkeypatch.setenv(service.EVENTS_TOKEN, "a")
+    monkeypatch.setenv(service.ADMIN_TOKEN, "b")
+    service.check_binding("0.0.0.0")
+
+
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4),
+    max_leaves=8,
+)
+NAMES = st.text(min_size=1, max_size=8)
+EVENT = {"id": NAMES, "user": NAMES, "item": NAMES, "label": st.integers(-1, 2), "time": st.integers()}
+PARTS = {
+    "/v1/score": {
+        "user": NAMES,
+        "candidates": st.lists(NAMES, min_size=1, max_size=5),
+        "history": st.lists(NAMES, max_size=3),
+        "context": st.fixed_dictionaries({}, optional={"time": st.integers()}),
+    },
+    "/v1/augment": {"user": NAMES, "history": st.lists(NAMES, max_size=5)},
+    "/v1/events": {"events": st.lists(st.fixed_dictionaries(EVENT), max_size=3)},
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_nothing_drawn_gets_an_error_of_the_server(client, data):
+    """Requests that are nearly right, and every answer as the OpenAPI document says."""
+    path = data.draw(st.sampled_from([*PARTS]))
+    optional = {name: part | VALUE for name, part in PARTS[path].items()} | {"more": VALUE}
+    body = data.draw(st.fixed_dictionaries(PARTS[path]) | st.fixed_dictionaries({}, optional=optional) | VALUE)
+    status, answer = client.post(path, body)
+    declared = client.app.openapi()["paths"][path]["post"]["responses"]
+    assert status < 500
+    assert str(status) in declared
+    kind = declared[str(status)]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+    schema = client.app.openapi()["components"]["schemas"][kind]
+    assert set(answer) == set(schema["properties"])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=80), st.sampled_from(["/v1/score", "/v1/augment", "/v1/events", "/explain", "/x"]))
+def test_no_bytes_get_an_error_of_the_server(client, data, path):
+    for method in ("POST", "GET"):
+        assert client.call(method, path + "?user=" + urllib.parse.quote(data), data, raw=True)[0] < 500
+
+
+def test_the_page_shows_who_lends_and_what_was_left_out(client, bundle, tmp_path):
+    user = low_user(bundle)
+    status, html = client.call("GET", f"/explain?user={user}", raw=True)
+    assert status == 200
+    donor = client.post("/v1/augment", {"user": user})[1]["borrowed"][-1]["donor"]
+    for text in (f"User {user}", donor, "rejected, least similar first", "with augmentation", "similarity"):
+        assert text in html
+    assert client.call("GET", "/explain?user=%3Cscript%3E", raw=True)[1].count("<script>") == 0
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on the PATH; `.ci/run` installs it")
+def test_the_page_in_a_browser(client, bundle, tmp_path):
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}/profile",
+        "--virtual-time-budget=3000", "--window-size=1000,1400", "--dump-dom",
+        f"http://127.0.0.1:{client.port}/explain?user={low_user(bundle)}",
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "borrowed, most similar first" in shown
+    assert shown.count('class="poster"') > 3
+
+
+def test_the_document_says_what_is_needed(root, storage, tmp_path):
+    document = json.loads(service.openapi(service.Settings(root), storage))
+    assert set(document["paths"]) == {
+        "/v1/score", "/v1/augment", "/v1/events", "/healthz", "/readyz", "/metrics", "/explain",
+    }  # fmt: skip
+    files.write_json(tmp_path / "openapi.json", document)
