@@ -1047,7 +1047,7 @@ def _path(name: str) -> pathlib.Path | None:
 
 
 def of_learning(config: ConfigDict) -> dict[str, Any]:
-    """The configuration without its section `serving`: nothing that is learnt depends on it, and it may name a password."""
+    """The configuration without its section `serving`, which may name a password: nothing learnt depends on it."""
     return {name: value for name, value in to_json(config).items() if name != "serving"}
 
 
