@@ -34,7 +34,8 @@ COMMANDS = {
                    "and data are skipped; one that was stopped continues."),
     "reproduce": Command("run the study (the paper's section 4 and more) and write the report",
                          "Writes report.html, report.md and cells/*.json. Cells that are finished are not run again; "
-                         "each is every method for every seed, so a part can take hours.", ("quick", "parts", "methods")),
+                         "each is every method for every seed, so a part can take hours.",
+                         ("quick", "parts", "methods")),
     "align": Command("train the aligned space; write item and user vectors",
                      "Writes one embeddings.npz a seed, with item_ND and user_UD."),
     "augment": Command("write what every low-active user borrows, as Parquet",
