@@ -39,7 +39,8 @@ COMMANDS = {
                    "and data are skipped; one that was stopped continues."),
     "reproduce": Command("run the study (the paper's section 4 and more) and write the report",
                          "Writes report.html, report.md and cells/*.json. Cells that are finished are not run again; "
-                         "each is every method for every seed, so a part can take hours.", ("quick", "parts")),
+                         "each is every method for every seed, so a part can take hours.",
+                         ("quick", "parts", "methods")),
     "align": Command("train the aligned space; write item and user vectors",
                      "Writes one embeddings.npz a seed, with item_ND and user_UD."),
     "augment": Command("write what every low-active user borrows, as Parquet",
@@ -68,6 +69,7 @@ COMMANDS = {
 FLAG_HELP = {
     "output": "where to write (default: in --workdir; for score, beside the requests)",
     "quick": "a small version: some users, one seed, one epoch, few cells",
+    "methods": "compare these alone, joined by commas, with the base (default: all)",
     "parts": "run these alone, joined by commas: table1, table2_ids, sparse_strong, ... (default: all)",
     "bundle": "folder that `marsjax export` wrote",
     "root": "folder of published versions, and of what serving writes",
@@ -168,8 +170,8 @@ def make_parser() -> argparse.ArgumentParser:
         for flag in command.flags:
             if flag == "quick":
                 sub.add_argument("--quick", action="store_true", help=FLAG_HELP[flag])
-            elif flag == "parts":
-                sub.add_argument("--parts", default="", metavar="NAMES", help=FLAG_HELP[flag])
+            elif flag in ("parts", "methods"):
+                sub.add_argument(f"--{flag}", default="", metavar="NAMES", help=FLAG_HELP[flag])
             else:
                 kind = "FILE" if flag == "requests" else "PATH"
                 sub.add_argument(f"--{flag}", type=pathlib.Path, metavar=kind, help=FLAG_HELP[flag])

@@ -165,12 +165,13 @@ def reproduce(
     *,
     quick: bool = False,
     parts: str = "",
+    methods: str = "",
     command: str = "marsjax.pipeline.reproduce(config, workdir)",
 ) -> None:
     """The paper's section 4 and more: report.html, report.md and a JSON a cell. What is finished is not run again."""
     check(config)
     began, names = time.monotonic(), [name for name in parts.split(",") if name]
-    plan = (study.quick if quick else study.full)(frozenset(METHODS))
+    plan = (study.quick if quick else study.full)(_methods(methods))
     if unknown := set(names) - {part.name for part in plan} - {cell.name for part in plan for cell in part.cells}:
         raise ValueError(
             f"--parts: expected some of {', '.join(part.name for part in plan)}, or names of their cells, found "
@@ -223,6 +224,14 @@ def reproduce(
     }
     page.write_page(page.Page(f"MARS on {dataset.name}", tuple(facts.items()), tuple(sections)), workdir)
     say(f"report: {workdir}/report.html, {workdir}/report.md; cells: {workdir}/cells")
+
+
+def _methods(text: str) -> frozenset[str]:
+    """The base and those that are named; all where none is."""
+    names = [name for name in text.split(",") if name]
+    if unknown := sorted(set(names) - METHODS.keys()):
+        raise ValueError(f"--methods: expected some of {', '.join(METHODS)}, found {', '.join(unknown)}")
+    return frozenset(["base", *names] if names else METHODS)
 
 
 def inspect(config: ConfigDict, workdir: pathlib.Path) -> None:

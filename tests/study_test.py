@@ -73,6 +73,17 @@ def test_unknown_parts_are_refused(config, tmp_path):
         pipeline.reproduce(config, tmp_path, parts="table9")
 
 
+def test_some_methods_alone_are_compared_with_the_base(config, tmp_path):
+    wanted = frozenset({"base", "mars", "tfidf_donor"})
+    compared = [set(cell.methods) for part in study.full(wanted) for cell in part.cells]
+    assert set().union(*compared) == wanted
+    assert all("base" in methods for methods in compared)
+    assert pipeline._methods("mars,tfidf_donor") == wanted
+    assert pipeline._methods("") == set(METHODS)
+    with pytest.raises(ValueError, match="--methods: expected some of base, .*found mras"):
+        pipeline.reproduce(config, tmp_path, methods="mars,mras")
+
+
 def test_reproduce_writes_a_report_and_runs_nothing_twice(config, tmp_path, monkeypatch):
     few = study.Cell("few", "few", ("base", "mars_vote"), {"ctr.inputs": "strong"})
     sparse = study.Cell(
