@@ -85,6 +85,13 @@ def test_the_map_keeps_kinds_apart_that_the_vectors_keep_apart():
     assert min(np.linalg.norm(middle[a] - middle[b]) for a, b in (("red", "green"), ("green", "blue"))) > spread / 2
 
 
+def test_items_without_categories_are_on_the_map_all_the_same():
+    items = make_items()
+    bare = items._replace(category_NG=np.zeros((N, 1), np.int32), category_names=("",))
+    (series,) = features_page.map_of(features_page.cosines(*items.modalities["text"]), bare, seed=0).series
+    assert (series.name, len(series.x)) == ("items", N - 1)
+
+
 def test_the_section_needs_nothing_beside_it_and_shows_pictures_and_titles(tmp_path):
     PIL = pytest.importorskip("PIL.Image")
     items = make_items(titles=np.array(["", *(f"a <b> & {n}" for n in range(1, N))]))

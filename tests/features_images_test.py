@@ -99,9 +99,9 @@ def test_an_image_that_was_taken_upright_is_upright():
 
 BROKEN = {
     "truncated": (noisy_jpeg()[:4000], "truncated"),
-    "empty": (b"", "cannot identify"),
-    "text": (b"<html>not found</html>", "cannot identify"),
-    "head": (noisy_jpeg()[:10], "cannot identify|truncated|Truncated|EOF"),
+    "empty": (b"", "not an image of a known kind"),
+    "text": (b"<html>not found</html>", "not an image of a known kind"),
+    "head": (noisy_jpeg()[:10], "not an image|truncated|Truncated|EOF"),
     "bomb": (png_of(30_000, 30_000), "900000000 pixels"),
     "large": (png_of(30_000, 4_000), "30000 x 4000 pixels, more than 100,000,000 in all"),
     "flipped": (noisy_jpeg()[:300] + bytes(200) + b"\xff\xd9", "Error|rror|broken|truncated"),

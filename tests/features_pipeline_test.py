@@ -121,7 +121,7 @@ def test_a_bad_image_is_masked_and_strict_refuses_it(shop, capsys):
     assert "p9" in json.loads((shop / "run" / "features" / "manifest.json").read_text())["image"]["broken"]
     words = ["features", "--config=mine.py", "--strict", *(f"--config.{k}={v}" for k, v in WITHOUT_WEIGHTS.items())]
     assert main.main(words) == 1
-    assert "strict reading refuses 1 x broken_image (item p9: UnidentifiedImageError" in capsys.readouterr().err
+    assert "strict reading refuses 1 x broken_image (item p9: not an image of a known kind" in capsys.readouterr().err
 
 
 def test_vectors_of_the_user_are_an_encoder(shop):

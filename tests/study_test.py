@@ -224,7 +224,7 @@ def test_what_was_just_liked_puts_permuted_labels_on_the_wrong_side():
 def test_a_cell_with_a_modality_that_the_data_lack_is_refused_and_the_rest_runs(config, tmp_path, monkeypatch):
     dataset = make_synthetic(**pipeline.to_json(config.data.synthetic))
     text_only = dataset.items._replace(modalities={"text": dataset.items.modalities["text"]})
-    monkeypatch.setitem(pipeline.SOURCES, "synthetic", lambda data: dataset._replace(items=text_only))
+    monkeypatch.setitem(pipeline.SOURCES, "synthetic", lambda data, made: dataset._replace(items=text_only))
     monkeypatch.setattr(pipeline, "run_cell", lambda *_, **__: {"rows": [], "comparisons": []})
     cells = tuple(study.Cell(name, name, ("base",), {"alignment.modalities": name}) for name in ("text", "image"))
     monkeypatch.setattr(study, "full", lambda known: (study.Part("table3", "Table 3", "statistics", "Parts.", cells),))

@@ -145,12 +145,12 @@ def map_of(item_ND: np.ndarray, items: Items, *, seed: int) -> Plot:
     of_N = np.full(len(item_ND), -1)
     for category in order_C:  # rarer ones last, so they stay
         of_N[member_NC[:, category]] = category
+    groups = {items.category_names[category + 1]: shown[of_N[shown] == category] for category in order_C}
+    groups = {name: at for name, at in groups.items() if len(at)} or {"items": shown}  # these have no categories
     series = []
-    for category in order_C:
-        at = shown[of_N[shown] == category]
-        if len(at):
-            x, y = (tuple(map(float, np.round(place_N2[at, axis], 4))) for axis in (0, 1))
-            series.append(Series(items.category_names[category + 1], x, y))
+    for name, at in groups.items():
+        x, y = (tuple(map(float, np.round(place_N2[at, axis], 4))) for axis in (0, 1))
+        series.append(Series(name, x, y))
     return Plot(
         "Items in the aligned space, by category", "points", "first direction", "second direction", tuple(series)
     )

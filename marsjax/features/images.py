@@ -48,6 +48,8 @@ def read_image(data: bytes) -> Any:
                 return _rgb(PIL.ImageOps.exif_transpose(file))
     except BrokenImage:
         raise
+    except PIL.UnidentifiedImageError as error:
+        raise BrokenImage("not an image of a known kind") from error
     except PIL.Image.DecompressionBombError as error:
         raise BrokenImage(str(error)) from error
     except (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, EOFError, OverflowError) as error:

@@ -26,7 +26,7 @@ WEIGHTS = Packaged(
     sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
 MAX_TOKENS = 256  # as in sentence-transformers' configuration of the model
-BATCH = 256  # texts that are sorted by length together
+BATCH = 64  # texts that are sorted by length together
 ROWS = 16  # texts that run through the model together
 STEP = 32  # lengths are rounded up to a multiple: so many programs are compiled
 
