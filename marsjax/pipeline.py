@@ -848,7 +848,7 @@ def _tabular(data: ConfigDict) -> Dataset:
 
 
 def of_learning(config: ConfigDict) -> dict[str, Any]:
-    """The configuration without its section `serving`: nothing that is learnt depends on it, and it may name a password."""
+    """The configuration without its section `serving`: no result depends on it, and it may hold a password."""
     return {name: value for name, value in to_json(config).items() if name != "serving"}
 
 
