@@ -84,7 +84,7 @@ class Connection:
         return Answer(answer.status, json.loads(content) if "json" in kind else content.decode(), seconds)
 
 
-def wait_ready(port: int, *, seconds: float = 300.0) -> dict[str, Any]:
+def wait_ready(port: int, *, seconds: float = 900.0) -> dict[str, Any]:
     """What /readyz says once it is ready."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
