@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import pathlib
+import re
 import shlex
 import socket
 import subprocess
@@ -83,7 +84,7 @@ class Connection:
         return Answer(answer.status, json.loads(content) if "json" in kind else content.decode(), seconds)
 
 
-def wait_ready(port: int, *, seconds: float = 300.0) -> dict[str, Any]:
+def wait_ready(port: int, *, seconds: float = 900.0) -> dict[str, Any]:
     """What /readyz says once it is ready."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -148,8 +149,10 @@ def write_results(output: pathlib.Path | None, rows: Sequence[dict[str, Any]], b
     for found in rows:
         sys.stdout.write(json.dumps(found) + "\n")
     if output is not None:
+        # Where the bundle lies on this machine says nothing.
+        words = [re.sub(r"^--bundle=.*/", "--bundle=", word) for word in sys.argv[1:]]
         content = {
-            "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", module, *words]),
             "commit": current_commit(),
             "machine": f"{machine_description()}; load average {', '.join(f'{x:.1f}' for x in os.getloadavg())}",
             "wall_seconds": time.monotonic() - began,

@@ -1056,7 +1056,7 @@ def _path(name: str) -> pathlib.Path | None:
 
 
 def of_learning(config: ConfigDict) -> dict[str, Any]:
-    """The configuration without its section `serving`, which may name a password: nothing learnt depends on it."""
+    """The configuration without its section `serving`: no result depends on it, and it may hold a password."""
     return {name: value for name, value in to_json(config).items() if name != "serving"}
 
 

@@ -133,6 +133,7 @@ def test_donors_who_went_on_lend_what_they_did_since(storage, model):
     send(storage, [Event(f"d{i}", donor, str(name), 1.0, 10**6 + i) for i, name in enumerate(names)])
     consume(storage, model)
     renewed = runner.renew_lenders(storage, model, bundle.lenders)
+    assert runner.renew_lenders(storage, model, renewed) is None  # nothing is newer
     np.testing.assert_array_equal(renewed.donors.item_PL[1:], donors.item_PL[1:])
     last = renewed.donors.item_PL[0]
     np.testing.assert_array_equal(last[last > 0][-14:], np.arange(1, 15))
@@ -178,18 +179,16 @@ def test_rows_to_train_on_see_only_what_came_before(storage, model):
 
 
 def test_training_goes_on_and_a_better_model_is_published(storage, model, bundle_folder, tmp_path):
-    """Labels that the model can learn: one half of the items is liked. The second time begins where the first ended."""
+    """Nearly all is liked now, which the model can learn. The second time begins where the first ended."""
     root, bundle = tmp_path / "root", model.bundle
     version = versions.publish(root, bundle_folder, keep=5)
-    settings = continuation.Settings(least_events=100, rate=3.0, least_judges=10)
+    settings = continuation.Settings(least_events=100, rate=10.0, least_judges=10)
     say = {"embed": embed(model), "keep": 5}
     assert continuation.continue_training(root, storage, version, bundle, settings, **say) is None  # nothing is new
 
     def learnable(head, seed):
-        return [
-            event._replace(label=float(int(event.item[1:]) % 2))
-            for event in make_events(bundle, 400, seed=seed, head=head)
-        ]
+        events = make_events(bundle, 400, seed=seed, head=head)
+        return [event._replace(label=float(i % 20 > 0)) for i, event in enumerate(events)]
 
     losses = []
     for head, seed in (("a", 1), ("b", 2)):
@@ -251,15 +250,15 @@ def test_the_runner_runs_follows_and_stops(bundle_folder, storage, model, tmp_pa
     send(storage, [*make_events(model.bundle, 20), Event("d", donor, name(model, 1), 1.0, 10**6)])
     until = time.monotonic() + 120
     while time.monotonic() < until:
-        wanted = snapshots.wanted(root)
-        if storage.backlog(RUNNER) == 0 and not storage.changed(1) and wanted.lenders != "bundle":
+        snapshot = snapshots.load(root, snapshots.wanted(root), None)
+        if not storage.changed(1) and 1 in snapshot.lenders.donors.item_PL[0]:
             break
         time.sleep(0.05)
     stop.set()
     thread.join(60)
     assert not thread.is_alive()
     assert storage.lookup(donor, version)[1] is not None
-    snapshot = snapshots.load(root, snapshots.wanted(root), None)
+    assert storage.backlog(RUNNER) == 0
     assert snapshot.lenders_version != "bundle"
     assert 1 in snapshot.lenders.donors.item_PL[0]
 

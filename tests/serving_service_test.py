@@ -42,12 +42,11 @@ class Client:
         self.thread.start()
 
     def call(self, method, path, body=None, headers=None, raw=False):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        connection.request(method, path, data, {"content-type": "application/json"} | (headers or {}))
-        answer = connection.getresponse()
-        content = answer.read()
-        connection.close()
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            connection.request(method, path, data, {"content-type": "application/json"} | (headers or {}))
+            answer = connection.getresponse()
+            content = answer.read()
         return answer.status, content.decode() if raw else json.loads(content)
 
     def post(self, path, body, **headers):

@@ -126,7 +126,7 @@ def embed_changed(storage: Storage, model: Model, *, count: int) -> int:
 
 
 def renew_lenders(storage: Storage, model: Model, lenders: Lenders) -> Lenders | None:
-    """The donors with the histories that the store has now, in a new index; None where none has changed."""
+    """The donors with the histories that the store has now, in a new index; None where these are those of `lenders`."""
     bundle, donors = model.bundle, lenders.donors
     names = bundle.users.raw_user_U[donors.user_P]
     stored = [
@@ -142,6 +142,8 @@ def renew_lenders(storage: Storage, model: Model, lenders: Lenders) -> Lenders |
     item_PL[at_X] = gather_histories(found, np.arange(len(end_U)), end_U, cap=width)
     for x, entries in zip(at_X, histories, strict=True):
         time_PL[x], mark_PL[x] = _times_and_marks(bundle, entries, width)
+    if np.array_equal(item_PL, donors.item_PL) and np.array_equal(time_PL, donors.time_PL):
+        return None
     vector_UD = embed_histories(bundle, model.encoder, histories)
     donor_PD = bundle.users.user_UD[donors.user_P].copy()
     donor_PD[at_X] = vector_UD
@@ -189,6 +191,7 @@ def follow(root: pathlib.Path, storage: Storage, model: Model | None) -> Model |
 def run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
     """Runs until `stop` is set. A store that does not answer is waited for."""
     model: Model | None = None
+    lenders: Lenders  # those that were published last
     joined = False
     lenders_at = trained_at = trimmed_at = told_at = time.monotonic()
     rebuilt = datetime.date.today()
@@ -200,11 +203,13 @@ def run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
                 if settings.train_seconds:
                     storage.join(TRAINER)
                 joined = True
-            model = follow(settings.root, storage, model)
+            before, model = model, follow(settings.root, storage, model)
             if model is None:
                 log.info("waiting for a bundle in %s: publish one", settings.root)
                 stop.wait(2.0)
                 continue
+            if before is None or before.version != model.version:
+                lenders = model.bundle.lenders
             found = consume(
                 storage,
                 model.bundle,
@@ -220,8 +225,9 @@ def run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
                 storage.touch_all()
                 rebuilt = today.date()
             if rebuild or (settings.lenders_seconds and now - lenders_at >= settings.lenders_seconds):
-                renewed = renew_lenders(storage, model, model.bundle.lenders)
+                renewed = renew_lenders(storage, model, model.bundle.lenders if rebuild else lenders)
                 if renewed is not None:
+                    lenders = renewed
                     log.info("donors: %s", snapshots.publish_lenders(settings.root, model.version, renewed))
                 lenders_at = time.monotonic()
             due = settings.train_seconds and now - trained_at >= settings.train_seconds
