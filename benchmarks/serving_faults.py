@@ -67,7 +67,7 @@ def opened(url: str) -> Storage:
 def drawn(bundle: Bundle, rng: random.Random, number: int) -> Event:
     """An event of a known or a new user; clocks step back at times."""
     users, names = bundle.users.raw_user_U, bundle.items.raw_id_N
-    user = f"new{rng.randrange(1000)}" if rng.random() < 0.3 else str(users[rng.randrange(len(users))])
+    user = f"new{rng.randrange(1000)}" if rng.random() < 0.6 else str(users[rng.randrange(len(users))])
     item = str(names[1 + rng.randrange(len(names) - 1)])
     return Event(
         f"e{number}", user, item, float(rng.random() < 0.5), 10**9 + number - (1000 if rng.random() < 0.05 else 0)
