@@ -67,7 +67,7 @@ def opened(url: str) -> Storage:
 def drawn(bundle: Bundle, rng: random.Random, number: int) -> Event:
     """An event of a known or a new user; clocks step back at times."""
     users, names = bundle.users.raw_user_U, bundle.items.raw_id_N
-    user = f"new{rng.randrange(50)}" if rng.random() < 0.3 else str(users[rng.randrange(len(users))])
+    user = f"new{rng.randrange(1000)}" if rng.random() < 0.6 else str(users[rng.randrange(len(users))])
     item = str(names[1 + rng.randrange(len(names) - 1)])
     return Event(
         f"e{number}", user, item, float(rng.random() < 0.5), 10**9 + number - (1000 if rng.random() < 0.05 else 0)
@@ -80,25 +80,27 @@ def kills(bundle: Bundle, folder: pathlib.Path, count: int, redis: bool) -> list
     versions.publish(folder, bundle.folder, keep=1)
     with stored(folder, redis) as url:
         storage = opened(url)
-        most = len(bundle.users.raw_user_U) * 10
+        most, allowed = (len(bundle.users.raw_user_U) + 1000) * 3, [0.0]
 
         def produce() -> None:
             while not stop.is_set():
-                if len(sent) < most:
+                if len(sent) < allowed[0]:
                     batch = [drawn(bundle, rng, len(sent) + i) for i in range(10)]
                     storage.append([encode_event(event) for event in batch])
                     sent.extend(batch)  # acknowledged: from here on none may be lost
-                time.sleep(0.1)
+                time.sleep(0.005)
 
         producer = threading.Thread(target=produce)
         producer.start()
         settings = {"storage": url, "train_seconds": 0, "lenders_seconds": 2, "rebuild_hour": -1, "batch": 50}
         during = 0
-        for _ in range(count):
+        for number in range(count):
+            allowed[0] = most * (number + 0.5) / count  # what waits when the runner comes up
             worker = service.start("runner", folder, **settings)
             before, until = storage.backlog(RUNNER), time.monotonic() + 120
             while storage.backlog(RUNNER) >= before and time.monotonic() < until:  # until it is at work
                 time.sleep(0.01)
+            allowed[0] = most * (number + 1) / count  # and what comes while it works
             time.sleep(rng.random() * 0.5)
             worker.kill()
             worker.wait()

@@ -94,12 +94,14 @@ def test_help_of_a_command_has_usage_flags_and_an_example(name, capsys):
         assert flag in out
 
 
-def test_serving_needs_no_file_and_takes_one(config_file, tmp_path, pipeline):
+def test_serving_needs_no_file_and_takes_one(tmp_path, pipeline):
+    file = tmp_path / "config.py"
+    file.write_text("from marsjax.defaults import default_config\n\n\ndef get_config():\n    return default_config()\n")
     assert call("publish", "--bundle=b", f"--root={tmp_path}", "--config.serving.keep=2") == 0
-    assert call("serve", f"--root={tmp_path}", f"--config={config_file}:small", "--config.serving.port=9") == 0
+    assert call("serve", f"--root={tmp_path}", f"--config={file}", "--config.serving.port=9") == 0
     ((config,), flags), ((of_file,), _) = pipeline.calls
     assert (config.serving.keep, flags["root"], str(flags["bundle"])) == (2, tmp_path, "b")
-    assert (of_file.serving.port, of_file.ctr.batch_size) == (9, 8)
+    assert (of_file.serving.port, of_file.serving.keep) == (9, 5)
     assert call("serve", "--config.serving.ports=1") == 2
 
 

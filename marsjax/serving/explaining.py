@@ -73,7 +73,7 @@ def make_page(snapshot: Snapshot, user: str, known: Known, image_folder: pathlib
             ("version", snapshot.version),
             ("lenders", snapshot.lenders_version),
             ("activity", group),
-            ("nothing is borrowed since", known.fallback or "-"),
+            ("fallback", known.fallback or "none"),
         ),
         (page.Section("Borrowing", "", (case,)), page.Section("What it changes", text, (table,))),
     )
