@@ -85,6 +85,9 @@ log = logging.getLogger(__name__)
 PyTree = Any
 
 
+INPUT_KEYS = ("ctr.inputs", "ctr.components", "ctr.rate_folds")  # of the section ctr, what a model reads
+
+
 class Loaded(NamedTuple):
     """Data ready for learning, with the fingerprint of their content and split."""
 
@@ -321,7 +324,9 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
         space=serving.Encoder(space.encoder, space.params, space.tables),
         lenders=lenders_of(context, space, vectors, donation.donors),
         known=knowledge.make_knowledge(
-            None if context.loaded.inputs.dense_EJ is None else item_counts(dataset.log, rows, n_items=n_items),
+            None
+            if context.loaded.inputs.dense_EJ is None
+            else item_counts(dataset.log, rows, n_items=n_items, folds=config.ctr.rate_folds),
             treatment.opinions,
         ),
     )
@@ -454,6 +459,8 @@ def check(config: ConfigDict) -> None:
         ("votes.shrink", config.votes.shrink, 1e-6, math.inf),  # 0: no vote where no donor knows the target
         ("short.share", config.short.share, 0.0, 1.0),
         ("posterior.folds", config.posterior.folds, 2, math.inf),
+        ("ctr.rate_folds", config.ctr.rate_folds, 2, math.inf),
+        ("ctr.id_decay", config.ctr.id_decay, 0.0, math.inf),
     ):
         if not low <= value <= high:
             raise ValueError(f"config.{key} expects a number from {low:g} to {high:g}, got {value}")
@@ -536,7 +543,9 @@ def load(config: ConfigDict, dataset: Dataset | None = None, *, workdir: pathlib
     return Loaded(
         dataset,
         rows,
-        Inputs(feedback=True, dense_EJ=prior_numbers(dataset.log, rows)) if is_strong else Inputs(),
+        Inputs(feedback=True, dense_EJ=prior_numbers(dataset.log, rows, folds=config.ctr.rate_folds))
+        if is_strong
+        else Inputs(),
         ItemTables(
             dataset.items.category_NG,
             content_table(dataset.items, components=config.ctr.components) if is_strong else None,
@@ -866,7 +875,7 @@ def search(
     """Tries each setting with each method on the first seed: one row for each, with the AUC of validation rows, and
     which is chosen, the best for low-active users (the first of equals). Test scores are written and not looked at."""
     for name, changes in settings.items():
-        if wrong := [key for key in changes if not key.startswith("ctr.") or key in ("ctr.inputs", "ctr.components")]:
+        if wrong := [key for key in changes if not key.startswith("ctr.") or key in INPUT_KEYS]:
             raise ValueError(
                 f"search: expected settings of the training and the model, found {', '.join(wrong)} in {name!r}; what "
                 "changes the data or the inputs is a cell of its own"
@@ -1308,7 +1317,7 @@ def treated_inputs(context: Context, treatment: Treatment) -> Inputs:
     inputs, log = context.loaded.inputs, context.loaded.dataset.log
     prior_EJ = inputs.dense_EJ
     if treatment.rows is not None and prior_EJ is not None:
-        prior_EJ = prior_numbers(log, treatment.rows)
+        prior_EJ = prior_numbers(log, treatment.rows, folds=context.config.ctr.rate_folds)
     parts = [part for part in (prior_EJ, treatment.dense_EJ) if part is not None]
     return inputs._replace(dense_EJ=np.concatenate(parts, axis=1) if parts else None, hidden_E=treatment.hidden_E)
 

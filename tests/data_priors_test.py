@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from marsjax.data.priors import FOLDS, STRENGTH, earlier_events, prior_numbers
+from marsjax.data.priors import STRENGTH, earlier_events, prior_numbers
 from marsjax.data.splits import make_rows
 from marsjax.records import TRAIN, Log
 
@@ -24,17 +24,18 @@ def make_log(n_users=30, n_items=12, seed=0, ties=False):
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("split", [{}, {"sparse_fraction": 0.3, "sparse_events": 3}, {"history": "positives"}])
-def test_numbers_equal_their_definition(ties, split):
+@pytest.mark.parametrize("folds", [2, 5])
+def test_numbers_equal_their_definition(ties, split, folds):
     log = make_log(ties=ties)
     rows = make_rows(log, split="leave_one_out", **split)
-    numbers_E6 = prior_numbers(log, rows)
+    numbers_E6 = prior_numbers(log, rows, folds=folds)
     overall = log.label_E[rows.split_E == TRAIN].mean()
     for event in range(len(log.item_E)):
         user = rows.user_E[event]
         seen = slice(rows.histories.start_U1[user], rows.histories.end_E[event])
         of_user = rows.histories.label_H[seen]
         earlier = (rows.split_E == TRAIN) & (log.item_E == log.item_E[event]) & (log.time_E < log.time_E[event])
-        fold_U = np.random.default_rng(0).permutation(30) % FOLDS
+        fold_U = np.random.default_rng(0).permutation(30) % folds
         others = (rows.split_E == TRAIN) & (log.item_E == log.item_E[event]) & (fold_U != fold_U[user])[rows.user_E]
         expected = []
         for label_X in (of_user, log.label_E[earlier], log.label_E[others]):
@@ -67,7 +68,7 @@ def test_the_rate_of_the_other_folds_does_not_know_the_own_label():
     """Labels of a user are turned; the overall rate is kept by turning as many of another user of the same fold."""
     log = make_log()
     rows = make_rows(log, split="leave_one_out")
-    fold_U = np.random.default_rng(0).permutation(30) % FOLDS
+    fold_U = np.random.default_rng(0).permutation(30) % 5
     one, other = np.flatnonzero(fold_U == 0)[:2]
     train = [np.flatnonzero((rows.user_E == user) & (rows.split_E == TRAIN)) for user in (one, other)]
     first = next(e for e in train[0] if any(log.label_E[o] != log.label_E[e] for o in train[1]))

@@ -259,7 +259,7 @@ METHODS: dict[str, Method] = {
     "short_histories": Method(short_histories),
     "mars_short_vote": Method(mars_short_vote, numbers=2, offline=True),
     "mars_short_posterior": Method(mars_short_posterior, numbers=2, posterior=True),
-    "mars_short_posterior_and_items": Method(mars_short_posterior_and_items, numbers=2, posterior=True),
+    "mars_short_posterior_and_items": Method(mars_short_posterior_and_items, numbers=2, posterior=True, offline=True),
     "everybody_votes": Method(everybody_votes, numbers=2, offline=True),
     "collaborative_vote": Method(collaborative_vote, numbers=2, offline=True),
     "collaborative_posterior": Method(collaborative_posterior, numbers=2, posterior=True),

@@ -9,7 +9,6 @@ import numpy as np
 from marsjax.records import TRAIN, Log, Rows
 
 STRENGTH = 10.0  # events that the rate over all training events counts for, where a user or an item has few
-FOLDS = 5  # users are dealt into so many, and an item's rate for a row is that of the other ones
 
 
 class ItemCounts(NamedTuple):
@@ -21,10 +20,10 @@ class ItemCounts(NamedTuple):
     fold_U: np.ndarray  # [U] int64, the fold of each user, drawn with a fixed seed
 
 
-def prior_numbers(log: Log, rows: Rows) -> np.ndarray:
+def prior_numbers(log: Log, rows: Rows, *, folds: int = 5) -> np.ndarray:
     """Six numbers for each event, [E, 6] float32: rate of likes and count of events of the user in the visible history,
     of the item among the training events of all users at an earlier time, and of the item among all training events of
-    the users of the other folds (drawn with a fixed seed).
+    the users of the other folds (`folds` of them, drawn with a fixed seed).
 
     Rates are shrunk to the rate over all training events and moved by it; counts are log(1 + n), scaled to about 1.
     The label of the event enters nowhere. An item's rate over all training events but the row's own would tell it:
@@ -32,7 +31,7 @@ def prior_numbers(log: Log, rows: Rows) -> np.ndarray:
     own among them. The first four know nothing later than the event.
     """
     histories, is_train_E = rows.histories, rows.split_E == TRAIN
-    counted = item_counts(log, rows, n_items=int(log.item_E.max(initial=0)) + 1)
+    counted = item_counts(log, rows, n_items=int(log.item_E.max(initial=0)) + 1, folds=folds)
     likes_H1 = np.concatenate([[0.0], np.cumsum(histories.label_H, dtype=np.float64)])
     start_E = histories.start_E
     user = histories.end_E - start_E, likes_H1[histories.end_E] - likes_H1[start_E]
@@ -44,14 +43,14 @@ def prior_numbers(log: Log, rows: Rows) -> np.ndarray:
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def item_counts(log: Log, rows: Rows, *, n_items: int) -> ItemCounts:
+def item_counts(log: Log, rows: Rows, *, n_items: int, folds: int = 5) -> ItemCounts:
     """Counts of the items among the training events, of all users and of those outside of each fold."""
     is_train_E = rows.split_E == TRAIN
-    fold_U = np.random.default_rng(0).permutation(len(rows.group_U)) % FOLDS
+    fold_U = np.random.default_rng(0).permutation(len(rows.group_U)) % folds
     key_E = fold_U[rows.user_E] * n_items + log.item_E
     sums_2FN = np.stack(
         [
-            np.bincount(key_E, weight_E, minlength=FOLDS * n_items).reshape(FOLDS, n_items)
+            np.bincount(key_E, weight_E, minlength=folds * n_items).reshape(folds, n_items)
             for weight_E in (is_train_E, is_train_E * log.label_E)
         ]
     )
