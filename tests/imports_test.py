@@ -39,9 +39,10 @@ ALLOWED: dict[str, set[str]] = {
     "configuration": set(),
     "defaults": {"data.synthetic"},  # its arguments are configuration keys
     "study": set(),
+    "sources": {"configuration", "data", "features.text"},
     "pipeline": {
         "alignment", "augmentation", "configuration", "ctr", "data", "embeddings", "evaluation", "features", "progress",
-        "provenance", "retrieval", "serving", "stages", "study", "training",
+        "provenance", "retrieval", "serving", "sources", "stages", "study", "training",
     },
     "main": {"allocator", "configuration", "defaults"},  # and the pipeline, by importlib once the flags are read
 }  # fmt: skip
@@ -51,7 +52,7 @@ ONLY_IN = {
     "orbax": {"training/checkpoint.py"},
     "usearch": {"retrieval.py"},
     "grain": {"data/batches.py"},
-    "ml_collections": {"main.py", "pipeline.py", "configuration.py", "defaults.py"},
+    "ml_collections": {"main.py", "pipeline.py", "sources.py", "configuration.py", "defaults.py"},
 }
 CORE = {"jax", "flax", "optax", "numpy", "scipy", "rich", "absl", *ONLY_IN}
 EXTRAS = {
