@@ -6,8 +6,7 @@ A deep model may fail to find what its inputs hold, or find what is not there. T
 weights, learnt from 200,000 training rows of all users, each shown with a history as short as a sparse user's. So it
 says how much a method can gain that knows the user by these events alone. Sparse users' validation rows are judged; no
 test row is read. `base` is the user's rate of likes and the item's, with their counts (the numbers of the strong
-inputs); the others add what `mars_posterior` would lend, its covariances made from donors alone, or from donors and
-the item features as they are, without a trained space.
+inputs); `collaborative_posterior` adds what this method lends.
 """
 
 import argparse
@@ -27,7 +26,6 @@ from marsjax.evaluation import report
 from marsjax.records import LOW, TRAIN, VALID, Predictions
 
 ROWS, RIDGE, NEWTON_STEPS = 200_000, 1e-3, 30
-METHODS = {"base": [], "expectation of donors": ["donors"], "expectation of donors and content": ["content"]}
 
 
 def logistic(x_BF: np.ndarray, label_B: np.ndarray) -> np.ndarray:
@@ -49,29 +47,21 @@ def probe(folder: str, events: int, seeds: int) -> tuple[dict[str, list[Predicti
     log, rows = loaded.dataset.log, loaded.rows
     settings = pipeline.posterior_settings(config)
     user_P = find_donors(rows, cap=settings.cap).user_P
-    made = {
-        name: posterior.learn_opinions(
-            log, rows, user_P, item_ND, n_items=len(loaded.dataset.items.raw_id_N), settings=settings
-        )
-        for name, item_ND in (("donors", None), ("content", loaded.tables.feature_NF))
-    }
+    n_items = len(loaded.dataset.items.raw_id_N)
+    opinions = posterior.learn_opinions(log, rows, user_P, None, n_items=n_items, settings=settings)
     valid_B = np.flatnonzero((rows.split_E == VALID) & (rows.group_U[rows.user_E] == LOW))
-    results: dict[str, list[Predictions]] = {method: [] for method in METHODS}
+    results: dict[str, list[Predictions]] = {"base": [], "collaborative_posterior": []}
     for seed in range(seeds):
         short, _ = cut_histories(rows, share=1.0, seed=seed)
         train_B = np.random.default_rng(seed).permutation(np.flatnonzero(rows.split_E == TRAIN))[:ROWS]
-        prior_EJ = prior_numbers(log, short)
-        lent = {
-            name: [posterior.expect(log, short, opinions, row_B, settings=settings) for row_B in (train_B, valid_B)]
-            for name, opinions in made.items()
-        }
-        for method, names in METHODS.items():
-            x_train, x_valid = (
-                np.concatenate([prior_EJ[row_B], *(lent[name][which] for name in names)], axis=1)
-                for which, row_B in enumerate((train_B, valid_B))
-            )
-            weight_F = logistic(x_train, log.label_E[train_B])
-            score_B = 1 / (1 + np.exp(-(weight_F[0] + x_valid @ weight_F[1:])))
+        prior_EJ = prior_numbers(log, short, folds=config.ctr.rate_folds)
+        x_train, x_valid = (
+            np.concatenate([prior_EJ[row_B], posterior.expect(log, short, opinions, row_B, settings=settings)], axis=1)
+            for row_B in (train_B, valid_B)
+        )
+        for method, width in (("base", prior_EJ.shape[1]), ("collaborative_posterior", x_train.shape[1])):
+            weight_F = logistic(x_train[:, :width], log.label_E[train_B])
+            score_B = 1 / (1 + np.exp(-(weight_F[0] + x_valid[:, :width] @ weight_F[1:])))
             user_B = rows.user_E[valid_B]
             results[method].append(
                 Predictions(user_B, log.item_E[valid_B], log.label_E[valid_B], score_B, rows.group_U[user_B])
