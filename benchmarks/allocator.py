@@ -71,8 +71,7 @@ def main() -> None:
     if arguments.case:
         sys.stdout.write(json.dumps(measure(arguments.case == "kept")))
         return
-    from marsjax import provenance
-    from marsjax.evaluation import report
+    from marsjax import files, provenance
 
     began = time.perf_counter()
     runs: dict[str, list[dict[str, float]]] = {"kept": [], "default": []}
@@ -102,14 +101,14 @@ def main() -> None:
         )
         sys.stdout.write(f"{kind:7} kept {kept:6.1f} ms, default {default:6.1f} ms, ratio {default / kept:.2f}\n")
     if arguments.output:
-        report.write_results(
-            arguments.output,
-            command="python benchmarks/allocator.py",
-            commit=provenance.current_commit(),
-            machine=provenance.machine_description(),
-            wall_seconds=time.perf_counter() - began,
-            rows=rows,
-        )
+        results = {
+            "command": "python benchmarks/allocator.py",
+            "commit": provenance.current_commit(),
+            "machine": provenance.machine_description(),
+            "wall_seconds": time.perf_counter() - began,
+            "rows": rows,
+        }
+        files.write_json(arguments.output, results)
 
 
 if __name__ == "__main__":

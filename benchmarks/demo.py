@@ -34,7 +34,7 @@ def main() -> None:
         raise SystemExit(f"{root}: expected a published bundle, found none; run `marsjax publish`")
     bundle = load_bundle(versions.folder_of(root, current.version))
     names, users = bundle.items.raw_id_N[1:], bundle.users.raw_user_U
-    now, stop, seconds, head = int(bundle.users.time_H.max(initial=0)), threading.Event(), [], time.time_ns()  # type: ignore[var-annotated]
+    now, stop, seconds, head = int(bundle.users.time_H.max(initial=0)), threading.Event(), [], time.time_ns()
     port = service.free_port()
 
     def work(client: int) -> None:

@@ -64,13 +64,13 @@ def main() -> None:
                 assert service.metrics(port)["marsjax_compilations_while_serving"] == 0
     rows = []
     for (case, clients), (p50, p99, throughput) in found.items():
-        at = f"{case} augmentation, {clients} client(s), {arguments.candidates} candidates"
+        label = f"{case} augmentation, {clients} client(s), {arguments.candidates} candidates"
         base = found["without", clients][0]
         rows += [
-            service.row("p50, ms", at, p50, base, "without augmentation", 1.3 * base if case == "with" else None),
-            service.row("p99, ms", at, p99, None, "", 25.0 if clients == 8 else None),
+            service.row("p50, ms", label, p50, base, "without augmentation", 1.3 * base if case == "with" else None),
+            service.row("p99, ms", label, p99, None, "", 25.0 if clients == 8 else None),
             service.row(
-                "requests a second", at, throughput, found["without", clients][2], "without augmentation", None
+                "requests a second", label, throughput, found["without", clients][2], "without augmentation", None
             ),
         ]
     service.write_results(arguments.output, rows, began, module="benchmarks.serving_load")

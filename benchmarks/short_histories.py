@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from marsjax import pipeline, provenance
+from marsjax import files, pipeline, provenance
 from marsjax.augmentation import posterior
 from marsjax.augmentation.donors import find_donors
 from marsjax.configuration import load_config
@@ -90,15 +90,15 @@ def main() -> None:
             sys.stdout.write(f"{dataset:14} {row['method']:34} {row['metric']:5} {row['mean']:.4f}{gain}\n")
         rows += kept
     if arguments.output:
-        report.write_results(
-            arguments.output,
-            command=f"python benchmarks/short_histories.py --data=PATH/ml-1m --events={arguments.events} "
+        written = {
+            "command": f"python benchmarks/short_histories.py --data=PATH/ml-1m --events={arguments.events} "
             f"--seeds={arguments.seeds}",
-            commit=provenance.current_commit(),
-            machine=provenance.machine_description(),
-            wall_seconds=time.perf_counter() - began,
-            rows=rows,
-        )
+            "commit": provenance.current_commit(),
+            "machine": provenance.machine_description(),
+            "wall_seconds": time.perf_counter() - began,
+            "rows": rows,
+        }
+        files.write_json(arguments.output, written)
 
 
 if __name__ == "__main__":
