@@ -24,6 +24,27 @@ def test_readme_quotes_the_committed_results(name):
     assert report.as_short_markdown(results["rows"]).strip() in (ROOT / "README.md").read_text()
 
 
+def test_the_page_of_findings_quotes_the_committed_results():
+    text = (ROOT / "docs" / "what_works.md").read_text()
+    assert report.as_short_markdown(read("ml1m_sparse5_strong_decay")["rows"]).strip() in text
+
+
+@pytest.mark.parametrize("events", [3, 5, 10, 20])
+def test_the_page_of_findings_quotes_what_short_histories_tell(events):
+    rows = {
+        (row["method"], row["metric"]): row
+        for row in read("short_histories")["rows"]
+        if row["dataset"] == f"ml1m_sparse{events}"
+    }
+    cells = [str(events)]
+    for metric in ("auc", "gauc"):
+        base, added = rows["base", metric], rows["collaborative_posterior", metric]
+        cells += [
+            f"{base['mean']:.4f}", f"{added['difference']:+.4f} [{added['low']:+.4f}, {added['high']:+.4f}]"
+        ]  # fmt: skip
+    assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "what_works.md").read_text()
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results_have_the_keys_that_other_programs_read(path):
     results = json.loads(path.read_text())
