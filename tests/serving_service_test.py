@@ -382,12 +382,21 @@ def test_bodies_without_a_length_are_limited_too(client):
     connection.putrequest("POST", "/v1/score")
     connection.putheader("transfer-encoding", "chunked")
     connection.endheaders()
-    with contextlib.suppress(OSError):
-        for _ in range(40):
-            connection.send(b"10000\r\n" + b" " * 65536 + b"\r\n")
-        connection.send(b"0\r\n\r\n")
-    with contextlib.suppress(OSError):
-        assert connection.getresponse().status == 413
+    for _ in range(40):  # 2.5 MiB: refused, and read to its end so that the sender hears of it
+        connection.send(b"10000\r\n" + b" " * 65536 + b"\r\n")
+    connection.send(b"0\r\n\r\n")
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_a_body_without_an_end_is_not_read_for_ever(client):
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+    connection.putrequest("POST", "/v1/score")
+    connection.putheader("content-length", str(2**40))
+    connection.endheaders()
+    with pytest.raises(OSError):  # the connection is closed on it
+        for _ in range(1000):
+            connection.send(b" " * 2**20)
     connection.close()
     assert client.call("GET", "/healthz", raw=True) == (200, "ok")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import contextlib
 import json
@@ -10,6 +11,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 CLIENTS = 10_000  # whose rates are remembered, the latest ones
+# A sender reads its answer only once it has sent its body: closing the connection on it makes a broken pipe of a 413.
+# So what is left of a body that is refused is read and thrown away, up to this many times the limit and this long.
+DISCARD_TIMES, DISCARD_SECONDS = 8, 5.0
 
 Scope = Any
 Receive = Callable[[], Awaitable[Any]]
@@ -48,6 +52,7 @@ class Limits:
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._most_bytes:
+            await _discard(receive, DISCARD_TIMES * self._most_bytes)
             await _refuse(sending, 413, self._too_large(), [(b"connection", b"close")])
             return
 
@@ -62,6 +67,7 @@ class Limits:
         with contextlib.suppress(TooLarge):
             await self._app(scope, receiving, sending)
         if read > self._most_bytes and not began:
+            await _discard(receive, DISCARD_TIMES * self._most_bytes - read)
             read = 0
             await _refuse(sending, 413, self._too_large(), [(b"connection", b"close")])
 
@@ -78,6 +84,16 @@ class Limits:
 
     def _too_large(self) -> str:
         return f"expected a body of at most {self._most_bytes} bytes, found more"
+
+
+async def _discard(receive: Receive, most_bytes: int) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while most_bytes > 0:
+                message = await receive()
+                most_bytes -= len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
 
 
 async def _refuse(send: Send, status: int, text: str, headers: list[tuple[bytes, bytes]]) -> None:
