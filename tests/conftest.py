@@ -1,15 +1,25 @@
 """A strict session: warnings are errors (pyproject.toml), ranks are never promoted, two host devices by default."""
 
+import atexit
 import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 
 # Set before jax is imported anywhere. A test that needs eight devices starts a process of its own.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the time of this suite: programs are optimised little, and compiled once for all its processes.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests them as users run them.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.mkdtemp(prefix="marsjax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 
 import jax
 import pytest

@@ -395,8 +395,7 @@ def test_a_body_without_an_end_is_not_read_for_ever(client):
     connection.putheader("content-length", str(2**40))
     connection.endheaders()
     with pytest.raises(OSError):  # the connection is closed on it
-        for _ in range(1000):
-            connection.send(b" " * 2**20)
+        connection.send(b" " * 2**27)
     connection.close()
     assert client.call("GET", "/healthz", raw=True) == (200, "ok")
 
