@@ -242,3 +242,4 @@ class ItemTables(NamedTuple):
 
     category_NG: Array  # [N, G] int32, 0 is padding
     feature_NF: Array | None = None  # [N, F] float32, content of the items
+    vector_ND: Array | None = None  # [N, D] float32, what `objective.with_vectors` embedded; to score only

@@ -33,6 +33,8 @@ class ItemEmbedding(nn.Module):
     @nn.compact
     def __call__(self, tables: ItemTables) -> jax.Array:
         """Returns [N, D], the parts side by side; row 0 is zero."""
+        if tables.vector_ND is not None:
+            return jnp.asarray(tables.vector_ND)
         init = nn.initializers.normal(stddev=self.width**-0.5)
         id_ND = self.param("item", init, (self.n_items, self.width))
         parts = [id_ND]

@@ -74,6 +74,16 @@ def score(
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
+def with_vectors(model: nn.Module, params: PyTree, tables: ItemTables) -> ItemTables:
+    """Tables with all items embedded by these parameters, so that a batch that is scored does not embed them again."""
+    return tables._replace(vector_ND=_vectors(model, params, tables._replace(vector_ND=None)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _vectors(model: nn.Module, params: PyTree, tables: ItemTables) -> jax.Array:
+    return model.bind({"params": params}).items(tables)  # type: ignore[attr-defined, no-any-return]
+
+
 @functools.lru_cache(maxsize=8)
 def lifted_step(model: nn.Module, settings: AdamW, mode: str, objective: Objective | None = None) -> Lifted:
     """The training step over all devices. Cached: methods of one model and objective, and all seeds, train with one

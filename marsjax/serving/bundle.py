@@ -72,7 +72,7 @@ class Items(NamedTuple):
 
 
 class Bundle(NamedTuple):
-    """A loaded bundle; parameters, statistics and tables are on the device."""
+    """A loaded bundle; parameters, statistics and tables, which hold the embedded items, are on the device."""
 
     model: nn.Module
     params: PyTree
@@ -262,7 +262,7 @@ def load_bundle(folder: pathlib.Path) -> Bundle:
         model,
         trained["params"],
         trained["statistics"],
-        jax.device_put(tables),
+        objective.with_vectors(model, trained["params"], jax.device_put(tables)),
         users,
         items,
         lenders,

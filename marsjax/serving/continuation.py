@@ -129,7 +129,10 @@ def continue_training(
     published = None
     if training and messages:
         ctr, state, steps = _train(folder, version, bundle, make_rows(bundle, storage, training, embed=embed), settings)
-        candidate = bundle._replace(params=ctr["params"], statistics=ctr["statistics"])
+        candidate = bundle._replace(
+            params=ctr["params"], statistics=ctr["statistics"],
+            tables=objective.with_vectors(bundle.model, ctr["params"], bundle.tables),
+        )  # fmt: skip
         verdict = judge(bundle, candidate, make_rows(bundle, storage, judging, embed=embed))
         said = f"log loss {verdict.candidate:.5f}, served {verdict.served:.5f}, on {verdict.events} events"
         if verdict.passes(settings):
@@ -179,16 +182,19 @@ def _train(
     if restored is not None and restored.meta["version"] == version:
         state = restored.state
     lifted = objective.lifted_step(bundle.model, optimizer, "single")
-    device, tables = lifted.replicate(state), lifted.replicate(jax.device_get(bundle.tables))
-    bounds = scoring.lengths(bundle)
+    tables = lifted.replicate(jax.device_get(bundle.tables._replace(vector_ND=None)))
+    device = lifted.replicate(state)
+    cap = int(cfg["cap"])
+    bounds = sorted({min(int(bucket), cap) for bucket in cfg["buckets"]} | {cap})
     length_X = np.array([len(scoring.history(bundle, row)[0]) for row in rows])
     order_X = np.random.default_rng(int(state.step)).permutation(len(rows))
     order_X = order_X[np.argsort(np.searchsorted(bounds, length_X[order_X]), kind="stable")]
-    size = min(int(cfg["batch_size"]), scoring.SIZES[-1])
+    size = int(cfg["batch_size"])
     for begin in range(0, len(rows), size):
         part = [rows[x] for x in order_X[begin : begin + size]]
         longest = max(len(scoring.history(bundle, row)[0]) for row in part)
-        (batch,) = scoring.make_batches(bundle, part, int(bounds[int(np.searchsorted(bounds, longest))]))
+        length = bounds[int(np.searchsorted(bounds, longest))]
+        (batch,) = scoring.make_batches(bundle, part, length, sizes=(size,))
         device, _ = lifted.step(device, lifted.split(batch), tables)
     state = lifted.collect(device)
     return {"params": state.params, "statistics": state.statistics}, state, int(state.step)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -173,22 +174,23 @@ class Compilations:
     """Counts what XLA compiles, apart for threads that are warming up and for all others."""
 
     def __init__(self) -> None:
-        self.warming, self.serving = 0, 0
+        self.before, self.serving = 0, 0
         self._here = threading.local()
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
     def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             if getattr(self._here, "warming", False):
-                self.warming += 1
+                self.before += 1
             else:
                 self.serving += 1
 
-    def warm(self, function: Callable[[], None]) -> None:
-        """Calls a function whose compilations are expected."""
+    @contextlib.contextmanager
+    def warming(self) -> Iterator[None]:
+        """What this thread compiles meanwhile is expected."""
         self._here.warming = True
         try:
-            function()
+            yield
         finally:
             self._here.warming = False
 

@@ -16,7 +16,10 @@ from marsjax.serving.lending import NOTHING, Lent
 
 log = logging.getLogger(__name__)
 
-SIZES = (128, 256, 512, 1024)  # rows of a batch: a few shapes are compiled, and the smallest that fits is used
+# Rows of a batch: a few shapes are compiled, and the smallest that fits is used. Not more: what a DIN computes between
+# its layers for 128 rows and 200 entries still fits a cache, and eight such batches take a fifth of one of 1,024 rows.
+SIZES = (32, 128)
+LENGTH_STEP = 25  # histories are padded to a multiple of it, or to the cap
 
 
 class Request(NamedTuple):
@@ -100,9 +103,8 @@ def score(bundle: Bundle, requests: Sequence[Request]) -> list[np.ndarray]:
 
 def lengths(bundle: Bundle) -> tuple[int, ...]:
     """History lengths that are compiled, ascending; the last one is the cap."""
-    cfg = bundle.manifest["config"]["ctr"]
-    cap = int(cfg["cap"])
-    return tuple(sorted({min(int(bucket), cap) for bucket in cfg["buckets"]} | {cap}))
+    cap = int(bundle.manifest["config"]["ctr"]["cap"])
+    return (*range(LENGTH_STEP, cap, LENGTH_STEP), cap)
 
 
 def score_rows(bundle: Bundle, rows: Sequence[Row]) -> list[np.ndarray]:
@@ -115,7 +117,13 @@ def score_rows(bundle: Bundle, rows: Sequence[Row]) -> list[np.ndarray]:
         member_X = np.flatnonzero(bucket_X == bucket).tolist()
         count_X = np.array([len(rows[x].target_C) for x in member_X])
         batches = make_batches(bundle, [rows[x] for x in member_X], int(bounds[bucket]))
-        score_B = objective.score(bundle.model, bundle.params, bundle.statistics, bundle.tables, batches)
+        # All are on their way before the first is waited for.
+        scored = [
+            (objective.probabilities(bundle.model, bundle.params, bundle.statistics, batch, bundle.tables), batch)
+            for batch in batches
+        ]
+        parts = [np.asarray(part_B)[batch.weight_B > 0] for part_B, batch in scored]
+        score_B = np.concatenate(parts) if parts else np.zeros(0, np.float32)
         for x, part_C in zip(member_X, np.split(score_B, np.cumsum(count_X)[:-1]), strict=True):
             out[x] = part_C
     return out
@@ -135,8 +143,11 @@ def history(bundle: Bundle, row: Row) -> tuple[np.ndarray, np.ndarray, int]:
     return np.concatenate([item_S, item_L]), np.concatenate([mark_S, mark_L]), extra
 
 
-def make_batches(bundle: Bundle, rows: Sequence[Row], length: int) -> Iterator[CtrBatch]:
-    """The rows' items as batches of histories of `length`, which must hold all of them, in order."""
+def make_batches(
+    bundle: Bundle, rows: Sequence[Row], length: int, *, sizes: Sequence[int] = SIZES
+) -> Iterator[CtrBatch]:
+    """The rows' items as batches of one of the ascending sizes, and of histories of `length`, which must hold all of
+    them, in order."""
     history_XL, mark_XL = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int8)
     borrowed_XL = np.zeros((len(rows), length), bool)
     for x, row in enumerate(rows):
@@ -149,14 +160,14 @@ def make_batches(bundle: Bundle, rows: Sequence[Row], length: int) -> Iterator[C
     user_B = np.array([shown_user(bundle, row.profile.user) for row in rows], np.int32)[row_B] + 1
     dense_BJ = _numbers(bundle, rows)
     marked = bundle.manifest["config"]["ctr"]["inputs"] == "strong"
-    for begin in range(0, len(row_B), SIZES[-1]):
-        part = slice(begin, begin + SIZES[-1])
+    for begin in range(0, len(row_B), sizes[-1]):
+        part = slice(begin, begin + sizes[-1])
         at_B, n = row_B[part], len(row_B[part])
         history_BL, borrowed_BL = history_XL[at_B], borrowed_XL[at_B]
         if bundle.manifest["lends"]["drop_target"]:
             same_BL = borrowed_BL & (history_BL == target_B[part][:, None])
             history_BL, borrowed_BL = np.where(same_BL, 0, history_BL), borrowed_BL & ~same_BL
-        size = SIZES[int(np.searchsorted(SIZES, n))]
+        size = sizes[int(np.searchsorted(sizes, n))]
         values = (
             user_B[part], target_B[part], label_B[part].astype(np.float32), np.ones(n, np.float32), history_BL,
             borrowed_BL, mark_XL[at_B] * (history_BL > 0) if marked else None,

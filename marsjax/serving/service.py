@@ -316,8 +316,9 @@ class State:
         if now is not None and wanted.key == snapshots.key_of(now):
             return None
         try:
-            made = snapshots.load(self.settings.root, wanted, now)
-            self.compilations.warm(functools.partial(warm_up, made))
+            with self.compilations.warming():
+                made = snapshots.load(self.settings.root, wanted, now)
+                warm_up(made)
         except (ValueError, OSError) as error:
             if wanted == snapshots.wanted(self.settings.root):  # else it was removed while it was read
                 log.error("version %s is refused: %s", wanted.key, error)
