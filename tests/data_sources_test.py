@@ -15,7 +15,7 @@ from marsjax.data.inspection import describe, statistics
 from marsjax.data.movielens import load_movielens
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
-from marsjax.data.tabular import load_tabular, read_ids
+from marsjax.data.tabular import load_tabular, read_ids, tabular_content
 from marsjax.evaluation.metrics import auc
 
 COLUMNS = {"user": "who", "item": "what", "label": "clicked", "time": "at"}
@@ -208,6 +208,19 @@ def test_no_loop_over_rows_of_ids(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < n * user.dtype.itemsize
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_line_breaks_in_quotes_are_read_in_files_of_any_size(tmp_path, ending):
+    """pyarrow reads blocks of 1 MB, and looks for rows that lie across two of them only where it is told to."""
+    text = "two\nlines, or more\n" * 10
+    path = tmp_path / f"items.{ending}"
+    separator = {"csv": ",", "tsv": "\t"}[ending]
+    path.write_text(f"what{separator}text\n" + "".join(f'i{n}{separator}"{text}"\n' for n in range(8000)))
+    assert path.stat().st_size > 1 << 20
+    content = tabular_content(items_path=path, item="what", fields=["text"])
+    assert len(content.raw_id_I) == 8000
+    assert set(content.fields["text"]) == {text}
 
 
 def test_missing_column_is_named_with_the_remedy(tmp_path):

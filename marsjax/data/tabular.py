@@ -150,9 +150,11 @@ def read_table(path: pathlib.Path, *, text: Collection[str] = ()) -> Table:
         if path.suffix in (".parquet", ".pq"):
             return pyarrow.parquet.read_table(path)
         if path.suffix in (".csv", ".tsv"):
+            # Descriptions have line breaks, in quotes: without the option one that lies across two blocks is refused.
+            layout = pyarrow.csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
             table = pyarrow.csv.read_csv(
                 path,
-                parse_options=pyarrow.csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ","),
+                parse_options=layout,
                 convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(text, pyarrow.string())),
             )
             for position, name in enumerate(table.column_names):
