@@ -4,6 +4,7 @@ import errno
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from marsjax import files
@@ -141,6 +142,21 @@ def test_the_size_of_a_batch_changes_nothing(tmp_path, batch):
     encode(tmp_path / "a", letters(batch=3))
     encode(tmp_path / "b", letters(batch=batch))
     assert listing(tmp_path / "a") == listing(tmp_path / "b")
+
+
+def test_large_values_are_encoded_before_the_batch_is_full(tmp_path, monkeypatch):
+    """What is decoded is held until its batch is encoded: the memory is bounded by its pixels, not by their number."""
+    monkeypatch.setattr(encoding, "PIXELS", 100)
+    sizes, held = [], letters(batch=64)
+
+    def count(batch):
+        sizes.append(len(batch))
+        return held.encode(batch)
+
+    reader = READERS["text"]._replace(weigh=lambda text: 60 if text < "text 4" else 20)
+    encode(tmp_path, held._replace(encode=count), reader=reader)
+    assert sizes == [2, 2, 5, 1]
+    assert READERS["image"].weigh(PIL.Image.new("RGB", (20, 30))) == 600
 
 
 def test_missing_broken_and_repeated_items_are_told_of_and_have_no_row(tmp_path):

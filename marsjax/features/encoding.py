@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from marsjax import files
-from marsjax.features.images import BrokenImage, read_image
+from marsjax.features.images import PIXELS, BrokenImage, read_image
 from marsjax.features.signature import Encoder
 from marsjax.progress import progress
 from marsjax.records import Problem
@@ -38,11 +38,12 @@ class Reader(NamedTuple):
 
     content: Callable[[Any], bytes]  # may raise OSError
     decode: Callable[[bytes], Any]  # may raise BrokenImage
+    weigh: Callable[[Any], int] = lambda value: 0  # pixels of what was decoded
 
 
 READERS = {
     "text": Reader(lambda text: text.encode("utf-8", "surrogatepass"), lambda data: data.decode("utf-8", "replace")),
-    "image": Reader(lambda path: path.read_bytes(), read_image),
+    "image": Reader(lambda path: path.read_bytes(), read_image, lambda image: image.width * image.height),
 }
 
 
@@ -98,8 +99,10 @@ def encode_items(
         _lock(file, folder)
         place = _mend(file, record)  # content -> record
         batch: dict[bytes, tuple[list[int], Any]] = {}
+        weight = 0  # of the batch
 
         def flush() -> None:
+            nonlocal weight
             if not batch:
                 return
             encoded = encoder.encode([value for _, value in batch.values()])
@@ -119,6 +122,7 @@ def encode_items(
                 content.update(dict.fromkeys(items, digest))
                 at += 1
             batch.clear()
+            weight = 0
             _append(file, record_B.tobytes(), journal)
 
         with progress(f"{modality} features", len(use)) as advance:
@@ -138,9 +142,12 @@ def encode_items(
                         batch[digest][0].append(item)
                         continue
                     batch[digest] = [item], reader.decode(data)
+                    weight += reader.weigh(batch[digest][1])
                 except (BrokenImage, OSError) as error:
                     broken[str(raw_id_I[item])] = str(error)
-                if len(batch) >= encoder.batch:
+                if (
+                    len(batch) >= encoder.batch or weight >= PIXELS
+                ):  # large images wait for no others: memory is bounded
                     flush()
             flush()
         problems = _problems(modality, raw_id_I, repeated, missing, broken)
