@@ -306,7 +306,7 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
         users=serving.latest_users(dataset.log, rows, augmentation, vectors.user_UD),
         items=serving.Items(
             raw_id_N=dataset.items.raw_id_N,
-            title_N=dataset.items.title_N,
+            title_N=dataset.items.title_N.astype(str),
             category_NG=dataset.items.category_NG,
             item_ND=vectors.item_ND,
             feature_NF=np.zeros((n_items, 0), np.float32) if features is None else features,

@@ -3,8 +3,11 @@
 import gzip
 import hashlib
 import json
+import tracemalloc
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from marsjax.configuration import load_config
@@ -12,6 +15,8 @@ from marsjax.data.amazon import amazon_content, load_amazon
 from marsjax.data.checks import k_core, sum_problems
 from marsjax.data.microlens import draw_negatives, load_microlens, microlens_content
 from marsjax.data.mind import load_mind, mind_content
+from marsjax.data.movielens import movielens_content
+from marsjax.data.tabular import load_tabular, tabular_content
 
 
 def kinds(dataset):
@@ -160,6 +165,64 @@ def test_k_core_is_the_largest_set_with_k_each(k):
 def test_the_papers_amazon_data_are_variants(variant, expected):
     data = load_config(f"configs/amazon.py:{variant},minilm", {}).data
     assert (data.core, data.expected_events, data.expected_users, data.expected_items) == expected
+
+
+# --- long texts ------------------------------------------------------------------------------------------------------
+
+LONG = "x" * 100_000
+
+
+def table_of_texts(folder):
+    columns = {"what": [str(n) for n in range(300)], "text": [LONG, *["short"] * 299]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "items.parquet")
+    return tabular_content(items_path=folder / "items.parquet", item="what", fields=["text"]).fields["text"]
+
+
+def titles_of_a_table(folder):
+    table_of_texts(folder)
+    events = {"who": ["u"] * 300, "what": [str(n) for n in range(300)], "label": [1] * 300, "time": list(range(300))}
+    pyarrow.parquet.write_table(pyarrow.table(events), folder / "events.parquet")
+    columns = {"user": "who", "item": "what", "title": "text", "categories": "text"}
+    dataset = load_tabular(
+        events_path=folder / "events.parquet", items_path=folder / "items.parquet", columns=columns, features={}
+    )
+    return dataset.items.title_N[1:]
+
+
+def texts_of_amazon(folder):
+    lines = [{"parent_asin": str(n), "title": "t", "description": "short" if n else LONG} for n in range(300)]
+    return amazon_content(write_lines(folder / "meta.jsonl", lines)).fields["description"]
+
+
+def texts_of_mind(folder):
+    news = [f"N{n}\tsports\tfootball\tA match\t{'short' if n else LONG}\thttps://x\t[]\t[]" for n in range(300)]
+    return mind_content([write_mind(folder / "mind", [""], news)]).fields["abstract"]
+
+
+def texts_of_microlens(folder):
+    rows = "".join(f"{n},{'short' if n else LONG}\n" for n in range(300))
+    (folder / "titles.csv").write_text(f"item,title\n{rows}")
+    return microlens_content(folder / "titles.csv").fields["title"]
+
+
+def texts_of_movielens(folder):
+    (folder / "movies.dat").write_text("".join(f"{n}::title::Action\n" for n in range(300)))
+    texts = write_lines(folder / "texts.jsonl", [{"id": n, "text": "short" if n else LONG} for n in range(300)])
+    return movielens_content(folder, texts=texts).fields["text"]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [table_of_texts, titles_of_a_table, texts_of_amazon, texts_of_mind, texts_of_microlens, texts_of_movielens],
+)
+def test_one_long_text_does_not_widen_all_others(tmp_path, read):
+    """300 texts that are held in the width of the longest are 120 MB."""
+    tracemalloc.start()
+    texts = read(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (texts[0], list(texts[1:])) == (LONG, ["short"] * 299)
+    assert peak < 12e6
 
 
 # --- sums -----------------------------------------------------------------------------------------------------------

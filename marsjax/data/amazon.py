@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from marsjax.data.checks import count_problems, k_core
-from marsjax.data.cleaning import RawItems, build_dataset
+from marsjax.data.cleaning import RawItems, as_texts, build_dataset
 from marsjax.data.content import find_images, joined, no_images
 from marsjax.data.feature_files import read_features
 from marsjax.records import Content, Dataset, Problem
@@ -88,7 +88,7 @@ def load_amazon(
             found.append(Problem("item_without_metadata", len(without), "kept", tuple(without[:5])))
         items = RawItems(
             name_I,
-            np.array([known.get(str(name), ("", []))[0] for name in name_I], str),
+            as_texts([known.get(str(name), ("", []))[0] for name in name_I]),
             [known.get(str(name), ("", []))[1] for name in name_I],
         )
     return build_dataset(
@@ -131,9 +131,9 @@ def amazon_content(
         wanted = set(item_R[k_core(user_R, item_R, core)] if core > 1 else item_R)
     rows = list(_read_metadata(metadata, wanted))
     raw_id = np.array([name for name, *_ in rows], str)
-    fields = {name: np.array([row[3][name] for row in rows], str) for name in ("brand", "description", "features")}
-    fields |= {"title": np.array([row[1] for row in rows], str), "categories": joined([row[2] for row in rows])}
-    fields["image_url"] = np.array([row[3]["image_url"] for row in rows], str)
+    fields = {name: as_texts([row[3][name] for row in rows]) for name in ("brand", "description", "features")}
+    fields |= {"title": as_texts([row[1] for row in rows]), "categories": joined([row[2] for row in rows])}
+    fields["image_url"] = as_texts([row[3]["image_url"] for row in rows])
     images = find_images(image_folder, raw_id) if image_folder is not None else no_images(len(raw_id))
     return Content(raw_id, fields, images)
 

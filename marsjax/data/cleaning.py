@@ -37,11 +37,16 @@ def float_ids(value_X: np.ndarray) -> np.ndarray:
     return np.where(missing_X, "", (value_X.astype(np.int64) if whole else value_X).astype(str))
 
 
+def as_texts(texts: Sequence[str]) -> np.ndarray:
+    """[I] objects that are str. A fixed-width array takes 4 bytes for each character of the longest text, every row."""
+    return np.array(texts, object)
+
+
 class RawItems(NamedTuple):
     """A catalogue as read: one row an item, not yet numbered."""
 
     raw_id: np.ndarray  # [I] str
-    title: np.ndarray  # [I] str
+    title: np.ndarray  # [I] str or objects that are str
     categories: Sequence[Sequence[str]]  # I lists of names
 
 
@@ -192,7 +197,8 @@ def build_dataset(
     modalities = {
         modality: _modality(modality, raw, raw_id_N, found) for modality, raw in features.items()
     }  # fmt: skip
-    records = Items(raw_id_N, np.concatenate([[""], items.title[kept]]), category_NG, category_names, modalities)
+    title_N = np.concatenate([as_texts([""]), items.title[kept]])
+    records = Items(raw_id_N, title_N, category_NG, category_names, modalities)
     if strict:
         refused = [problem for problem in found if problem.action not in ACCEPTED]
         if refused:
@@ -241,8 +247,8 @@ def _whole(time_R: np.ndarray) -> np.ndarray:
 def _categories(categories: Sequence[Sequence[str]]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Numbered categories [N, G], and their names; the names are numbered in alphabetical order."""
     count_I = np.array([len(names) for names in categories], int)
-    flat = np.array([name for names in categories for name in names], str)
-    known = np.unique(flat[flat != ""]) if len(flat) else np.array([], str)
+    flat = as_texts([name for names in categories for name in names])
+    known = np.unique(flat[flat != ""])
     category_NG = np.zeros((len(categories) + 1, max(int(count_I.max(initial=0)), 1)), np.int32)
     row = np.repeat(np.arange(len(categories)), count_I)
     column = np.arange(len(flat)) - np.repeat(np.cumsum(count_I) - count_I, count_I)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from marsjax.data.cleaning import as_texts
 from marsjax.data.feature_files import ID_KEYS
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -60,5 +61,5 @@ def no_images(count: int) -> list[pathlib.Path | None]:
 
 
 def joined(categories: Sequence[Sequence[str]]) -> np.ndarray:
-    """Categories as text for a template, [I] str: "Action, Comedy"."""
-    return np.array([", ".join(names) for names in categories], str)
+    """Categories as text for a template, [I] objects: "Action, Comedy"."""
+    return as_texts([", ".join(names) for names in categories])

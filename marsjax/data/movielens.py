@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 from marsjax.data.checks import sum_problems
-from marsjax.data.cleaning import Ids, RawItems, build_dataset
+from marsjax.data.cleaning import Ids, RawItems, as_texts, build_dataset
 from marsjax.data.content import find_images, joined, no_images, read_texts
 from marsjax.data.feature_files import image_folder_problems, read_features
 from marsjax.records import Content, Dataset, Problem
@@ -109,7 +109,7 @@ def movielens_content(
     fields = {"title": items.title, "categories": joined(items.categories)}
     if texts is not None:
         text_of = read_texts(texts)
-        fields["text"] = np.array([text_of.get(str(name), "") for name in items.raw_id], str)
+        fields["text"] = as_texts([text_of.get(str(name), "") for name in items.raw_id])
     images = find_images(image_folder, items.raw_id) if image_folder is not None else no_images(len(items.raw_id))
     return Content(items.raw_id, fields, images)
 
@@ -121,7 +121,7 @@ def _read_movies(folder: pathlib.Path) -> RawItems:
             raise ValueError(f"{folder / 'movies.dat'}:{number}: expected movie::title::genres, found {fields}")
     return RawItems(
         np.array([fields[0] for fields in movies]),
-        np.array([fields[1] for fields in movies]),
+        as_texts([fields[1] for fields in movies]),
         [fields[2].split("|") for fields in movies],
     )
 

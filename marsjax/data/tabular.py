@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from marsjax.data.cleaning import Ids, RawItems, build_dataset, float_ids
+from marsjax.data.cleaning import Ids, RawItems, as_texts, build_dataset, float_ids
 from marsjax.data.content import find_images, no_images
 from marsjax.records import Content, Dataset
 
@@ -56,16 +56,14 @@ def load_tabular(
         named = {"item": named["item"]} | {ours: columns[ours] for ours in ("title", "categories") if ours in columns}
         table = read_table(items_path, text=named.values())
         strings = {
-            ours: read_ids(
-                _joined(_need(table, theirs, ours, items_path), category_separator), ours, items_path
-            ).strings()
+            ours: read_texts(_joined(_need(table, theirs, ours, items_path), category_separator), ours, items_path)
             for ours, theirs in named.items()
         }
         blank = np.full(table.num_rows, "")
         categories = [
             str(names).split(category_separator) if names else [] for names in strings.get("categories", blank)
         ]
-        items = RawItems(strings["item"], strings.get("title", blank), categories)
+        items = RawItems(strings["item"].astype(str), strings.get("title", blank), categories)
     known = items.raw_id if items is not None else np.unique(item_ids.name_X[item_ids.name_X != ""])
     problems = image_folder_problems(image_folder, known) if image_folder is not None else []
     return build_dataset(
@@ -110,9 +108,9 @@ def tabular_content(
     table = read_table(items_path, text={item, *fields, *([image] if image else [])})
 
     def strings(name: str, ours: str) -> np.ndarray:
-        return read_ids(_joined(_need(table, name, ours, items_path), ", "), ours, items_path).strings()
+        return read_texts(_joined(_need(table, name, ours, items_path), ", "), ours, items_path)
 
-    raw_id = strings(item, "item")
+    raw_id = strings(item, "item").astype(str)
     images = no_images(len(raw_id))
     if image_folder is not None:
         images = find_images(image_folder, strings(image, "image") if image else raw_id)
@@ -201,7 +199,7 @@ def _need(table: Table, column: str, ours: str, path: pathlib.Path) -> Column:
 
 
 def read_ids(column: Column, ours: str, path: pathlib.Path) -> Ids:
-    """Ids, titles or categories as text; missing ones are "".
+    """Ids as text; missing ones are "".
 
     The names are made text by Arrow, for NumPy would take whole numbers with gaps through floats, which merge those
     from 2^53 on. Floats are made text by `float_ids`.
@@ -209,21 +207,33 @@ def read_ids(column: Column, ours: str, path: pathlib.Path) -> Ids:
     Raises:
         ValueError: the column holds lists or the like.
     """
+    code_R, name_X = _encoded(column, ours, path)
+    return Ids(code_R, np.append(np.array(name_X, str), ""))
+
+
+def read_texts(column: Column, ours: str, path: pathlib.Path) -> np.ndarray:
+    """Titles, descriptions or categories, [R] objects that are str; missing ones are "". Otherwise as `read_ids`."""
+    code_R, name_X = _encoded(column, ours, path)
+    return as_texts([*name_X, ""])[code_R]
+
+
+def _encoded(column: Column, ours: str, path: pathlib.Path) -> tuple[np.ndarray, list[str]]:
+    """Numbers [R] of distinct names, and these [X]; X is the number of what is missing."""
     import pyarrow
 
     try:
         encoded = column.dictionary_encode().combine_chunks()
         names = encoded.dictionary
         if pyarrow.types.is_floating(names.type):
-            name_X = float_ids(names.to_numpy(zero_copy_only=False))
+            name_X = float_ids(names.to_numpy(zero_copy_only=False)).tolist()
         else:
-            name_X = np.array(names.cast(pyarrow.string()).fill_null("").to_pylist(), str)
+            name_X = names.cast(pyarrow.string()).fill_null("").to_pylist()
         code_R = encoded.indices.cast(pyarrow.int64()).fill_null(len(name_X)).to_numpy(zero_copy_only=False)
     except pyarrow.ArrowException as error:
         raise ValueError(
             f"{path}: expected text or numbers for {ours}, found {column.type} ({error}); write it as text"
         ) from error
-    return Ids(code_R, np.append(name_X, ""))
+    return code_R, name_X
 
 
 def _times(column: Column, path: pathlib.Path) -> np.ndarray:
