@@ -112,6 +112,37 @@ def test_items_may_be_renamed_reordered_and_removed_for_nothing(tmp_path):
     assert set(rows(tmp_path)) == {"x", "y"}
 
 
+@pytest.mark.parametrize("facts", [{}, {"revision": "2"}])
+def test_killed_before_the_manifest_is_written_the_vectors_stay_known(tmp_path, monkeypatch, facts):
+    def killed(path, value):
+        raise KeyboardInterrupt
+
+    encode(tmp_path, letters())
+    changed = ["another", *TEXTS[1:]]
+    monkeypatch.setattr(files, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        encode(tmp_path, letters(facts=facts), texts=changed)
+    monkeypatch.undo()
+    for journal in tmp_path.glob(".*.partial"):
+        journal.unlink()  # the kill may come between this and anything
+    seen = []
+    encode(tmp_path, letters(seen, facts=facts), texts=changed)
+    assert seen == []
+    encode(tmp_path / "whole", letters(facts=facts), texts=changed)
+    assert (tmp_path / "text.npz").read_bytes() == (tmp_path / "whole" / "text.npz").read_bytes()
+    assert manifest(tmp_path)["sha256"] == files.sha256_file(tmp_path / "text.npz")
+
+
+def test_a_manifest_is_told_and_decides_nothing(tmp_path):
+    """Vectors of one encoder are never taken for those of another, whatever the manifest says."""
+    encode(tmp_path, letters())
+    text = (tmp_path / "manifest.json").read_text().replace('"letters"', '"letters",\n    "revision": "2"')
+    (tmp_path / "manifest.json").write_text(text)
+    seen = []
+    encode(tmp_path, letters(seen, facts={"revision": "2"}))
+    assert seen == TEXTS
+
+
 @pytest.mark.parametrize("change", [{"facts": {"revision": "2"}}, {"width": 3}])
 def test_another_encoder_makes_everything_anew(tmp_path, change):
     encode(tmp_path, letters())

@@ -3,7 +3,8 @@
 While a modality is encoded, its rows go to a journal beside the results, one record a row with the sum of its bytes.
 What an earlier run left there, or in the results themselves, is used again where the content of the item (its rendered
 text, or the bytes of its image) and the facts of the encoder are the same. So a run that was killed goes on, and after
-a change of some items only these are encoded.
+a change of some items only these are encoded. The results hold a sum of these facts, so that they are one file which is
+replaced at once: the manifest tells of them and decides nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SHOWN = 5  # places that a problem names
 CHUNK = 1024  # rows that are copied at a time
+KEYS = {"embedding", "content_sha256", "cut", "facts_sha256"}  # of results that may be used again
 DTYPES = ("float32", "float16")
 
 
@@ -50,7 +52,7 @@ READERS = {
 class Made(NamedTuple):
     """The features of one modality."""
 
-    path: pathlib.Path  # .npz with item_id, embedding, content_sha256 and cut, in the order of the items
+    path: pathlib.Path  # .npz with item_id, embedding, content_sha256, cut (in the order of the items) and facts_sha256
     problems: tuple[Problem, ...]
 
 
@@ -87,11 +89,12 @@ def encode_items(
     record = np.dtype(
         [("content", "u1", 32), ("cut", "?"), ("row", np.dtype(dtype).newbyteorder("<"), encoder.width), ("sum", "<u4")]
     )
-    journal = folder / f".{modality}-{files.digest_json(whole)[:12]}.partial"
+    facts_sha256 = files.digest_json(whole)
+    journal = folder / f".{modality}-{facts_sha256[:12]}.partial"
     _, first = np.unique(raw_id_I, return_index=True)
     use = np.sort(first)
     repeated = np.setdiff1d(np.arange(len(raw_id_I)), use)
-    known = _Known(folder, modality, whole)
+    known = _Known(folder / f"{modality}.npz", facts_sha256)
     content: dict[int, bytes] = {}  # item -> sha256 of its content, of items that have a vector
     broken: dict[str, str] = {}  # id -> reason
     missing = []
@@ -169,7 +172,7 @@ def encode_items(
         digest_I = [content[item] for item in item_I]
         record_J: Any = np.memmap(journal, record, "r", shape=(len(place),)) if place else np.zeros(0, record)
         path = folder / f"{modality}.npz"
-        cut_I = _write(path, raw_id_I[item_I], digest_I, record_J, place, known, record["row"])
+        cut_I = _write(path, facts_sha256, raw_id_I[item_I], digest_I, record_J, place, known, record["row"])
     manifest = files.read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     entry = {
         **whole,
@@ -198,20 +201,35 @@ class _Known:
         place: sha256 of a content -> its row.
     """
 
-    def __init__(self, folder: pathlib.Path, modality: str, facts: Mapping[str, Any]):
+    def __init__(self, path: pathlib.Path, facts_sha256: str):
         self.place: dict[bytes, int] = {}
-        path = folder / f"{modality}.npz"
-        if not path.exists() or not (folder / MANIFEST).exists():
+        if not path.exists():
             return
-        entry = files.read_json(folder / MANIFEST).get(modality, {})
-        if any(entry.get(name) != value for name, value in facts.items()):
-            log.info("%s was made in another way and is made anew", path)
+        if not _is_whole(path):
+            log.warning("%s is damaged and is made anew", path)
             return
-        if entry.get("sha256") != files.sha256_file(path):
-            log.warning("%s does not match its sum in %s and is made anew", path, folder / MANIFEST)
-            return
+        with np.load(path) as arrays:
+            if not set(arrays) >= KEYS or str(arrays["facts_sha256"]) != facts_sha256:
+                log.info("%s was made in another way and is made anew", path)
+                return
         self.row_IF, self.cut_I = _map_array(path, "embedding"), _map_array(path, "cut")
         self.place = {digest.tobytes(): row for row, digest in enumerate(_map_array(path, "content_sha256"))}
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+    """Whether all members of an archive have the sums that it lists."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+    ):  # as what is damaged may raise
+        return False
 
 
 def _map_array(path: pathlib.Path, name: str) -> np.ndarray:
@@ -229,6 +247,7 @@ def _map_array(path: pathlib.Path, name: str) -> np.ndarray:
 
 def _write(
     path: pathlib.Path,
+    facts_sha256: str,
     id_I: np.ndarray,
     digest_I: Sequence[bytes],
     record_J: np.ndarray,
@@ -249,6 +268,7 @@ def _write(
         "item_id": id_I,
         "content_sha256": np.frombuffer(b"".join(digest_I), np.uint8).reshape(-1, 32),
         "cut": cut_I,
+        "facts_sha256": np.array(facts_sha256),
     }
     # ZipFile.open gives every member a date, and the archive would differ from one run to the next: it is fixed here.
     with files.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
