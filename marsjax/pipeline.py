@@ -138,7 +138,7 @@ def features(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path 
             f"features: expected features.text (one of {', '.join(TEXT_ENCODERS)}) or features.image (one of "
             f"{', '.join(IMAGE_ENCODERS)}), found neither"
         )
-    made = encode_stage(config, output or workdir / "features")
+    made = encode_stage(config, workdir, output=output)
     for modality, path in made.items():
         say(f"{modality} features: {path}")
     say(f"manifest: {(output or workdir / 'features') / encoding.MANIFEST}")
@@ -477,7 +477,7 @@ def read(config: ConfigDict, workdir: pathlib.Path | None = None) -> Dataset:
     if config.features.text or config.features.image:
         if workdir is None:
             raise ValueError("features: expected a workdir to write what is encoded to, found none")
-        made = encode_stage(config, workdir / "features")
+        made = encode_stage(config, workdir)
     dataset = SOURCES[config.data.source](config.data, made)
     if config.data.permute_features:
         dataset = permute_features(dataset, seed=config.split.seed)
@@ -545,10 +545,16 @@ def load(config: ConfigDict, dataset: Dataset | None = None, *, workdir: pathlib
     )
 
 
-def encode_stage(config: ConfigDict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Encodes what has no vector yet, Eq. 3: the feature file of each modality that has an encoder."""
-    cfg, made = config.features, {}
-    content = CONTENTS[config.data.source](config, folder.parent)
+def encode_stage(
+    config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | None = None
+) -> dict[str, pathlib.Path]:
+    """Encodes what has no vector yet, Eq. 3: the feature file of each modality that has an encoder.
+
+    All goes to `workdir`, save the feature files, which go to `output` where it is given.
+    """
+    cfg, folder = config.features, output or workdir / "features"
+    made = {}
+    content = CONTENTS[config.data.source](config, workdir)
     encoders: dict[str, tuple[str, Mapping[str, Make]]] = {
         "text": (cfg.text, TEXT_ENCODERS), "image": (cfg.image, IMAGE_ENCODERS)
     }  # fmt: skip

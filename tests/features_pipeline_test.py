@@ -125,7 +125,7 @@ def test_a_bad_image_is_masked_and_strict_refuses_it(shop, capsys):
 
 
 def test_vectors_of_the_user_are_an_encoder(shop):
-    np.savez(shop / "mine.npz", id=[f"p{n}" for n in range(20)], embedding=np.eye(20, 5))
+    np.savez(shop / "mine.npz", id=[f"p{n}" for n in range(20)], embedding=1 + np.eye(20, 5))
     config = configured(features__text="precomputed", features__text_file="mine.npz")
     feature_NF, present_N = pipeline.read(config, shop / "run").items.modalities["text"]
     assert (feature_NF.shape[1], int(present_N.sum())) == (5, 20)
@@ -181,6 +181,16 @@ def test_the_drawings_show_what_is_planted(tmp_path):
         assert 0.9 < present_N[1:].mean() < 1
     again = pipeline.read(config, tmp_path / "again")
     assert dataset.fingerprint == again.fingerprint
+
+
+def test_nothing_beside_the_output_is_touched(tmp_path):
+    """The drawings of planted items go to the workdir: a folder of that name beside the output is somebody's own."""
+    (tmp_path / "drawings").mkdir()
+    (tmp_path / "drawings" / "mine.txt").touch()
+    config = load_config("configs/synthetic.py:drawn", {"data.synthetic.n_items": "60", "data.synthetic.n_users": "30"})
+    pipeline.features(config, tmp_path / "run", output=tmp_path / "features")
+    assert [path.name for path in (tmp_path / "drawings").iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawings", "features", "run"]
 
 
 def test_drawings_are_of_the_items_that_are_planted():
