@@ -232,6 +232,22 @@ def test_no_vector_is_ever_silently_zero_or_infinite(tmp_path):
     assert [(p.kind, p.occurrences) for p in made.problems] == [("broken_text", 9)]
 
 
+def test_a_zero_vector_is_broken(tmp_path):
+    """An encoder may make one, and float16 makes zero of what is small."""
+    for name, worth, dtype in (("zero", 0.0, "float32"), ("small", 1e-12, "float16")):
+        row_F = np.full(4, worth, np.float32)
+        encoder = letters()._replace(
+            encode=lambda batch, row_F=row_F: Encoded(
+                np.array([row_F if text == "text 3" else row_F + 1 for text in batch]), np.zeros(len(batch), bool)
+            )
+        )
+        made = encode(tmp_path / name, encoder, dtype=dtype)
+        assert set(rows(tmp_path / name)) == {*IDS} - {"i3"}
+        assert [(p.kind, p.occurrences, p.where) for p in made.problems] == [
+            ("broken_text", 1, ("item i3: a zero vector",))
+        ]
+
+
 def test_a_text_that_was_cut_is_counted_also_when_it_is_used_again(tmp_path):
     for _ in range(2):
         made = encode(tmp_path, letters(), texts=["x" * 30, *TEXTS[1:]])

@@ -258,7 +258,8 @@ def _categories(categories: Sequence[Sequence[str]]) -> tuple[np.ndarray, tuple[
 
 
 def _modality(modality: str, raw: RawFeatures, raw_id_N: np.ndarray, found: list[Problem]) -> Modality:
-    """Features in the order of the items; the first row of an id stays. No NaN passes: a row that has one is masked."""
+    """Features in the order of the items; the first row of an id stays. A row that has a NaN, or that is all zero and
+    so stands for none, is masked."""
     feature = np.asarray(raw.feature)
     if feature.ndim != 2 or len(feature) != len(raw.raw_id) or not feature.shape[1]:
         raise ValueError(
@@ -275,15 +276,16 @@ def _modality(modality: str, raw: RawFeatures, raw_id_N: np.ndarray, found: list
     first = np.sort(np.unique(raw_id, return_index=True)[1])
     tell(f"duplicate_{modality}_feature", "dropped", np.setdiff1d(np.arange(len(raw_id)), first))
     raw_id, feature = raw_id[first], feature[first]
-    finite = np.isfinite(feature).all(axis=1)
+    finite, zero = np.isfinite(feature).all(axis=1), ~feature.any(axis=1)
     tell(f"non_finite_{modality}_feature", "masked", np.flatnonzero(~finite))
+    tell(f"zero_{modality}_feature", "masked", np.flatnonzero(zero))
     feature_NF = np.zeros((len(raw_id_N), feature.shape[1]), np.float32)
     present_N = np.zeros(len(raw_id_N), bool)
     at = np.minimum(np.searchsorted(raw_id_N[1:], raw_id), max(len(raw_id_N) - 2, 0))
     known = raw_id_N[1:][at] == raw_id
     # Also what was filtered has no item any more, so this is no fault of the file.
     tell(f"{modality}_of_unknown_item", "ignored", np.flatnonzero(~known))
-    use = finite & known
+    use = finite & ~zero & known
     feature_NF[at[use] + 1] = feature[use]
     present_N[at[use] + 1] = True
     missing = int((~present_N[1:]).sum())

@@ -111,12 +111,14 @@ def encode_items(
             encoded = encoder.encode([value for _, value in batch.values()])
             with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and broken below
                 row_BF = encoded.row_BF.astype(record["row"].base)
-            good_B = np.isfinite(row_BF).all(axis=1)
+            finite_B = np.isfinite(row_BF).all(axis=1)
+            good_B = finite_B & row_BF.any(axis=1)  # zeros have no direction, and would pass for a vector
             record_B = np.zeros(int(good_B.sum()), record)
             at = 0
             for row, (digest, (items, _)) in enumerate(batch.items()):
                 if not good_B[row]:
-                    broken.update({str(raw_id_I[item]): "no finite vector" for item in items})
+                    reason = "a zero vector" if finite_B[row] else "no finite vector"
+                    broken.update({str(raw_id_I[item]): reason for item in items})
                     continue
                 record_B[at]["content"] = np.frombuffer(digest, np.uint8)
                 record_B[at]["cut"], record_B[at]["row"] = encoded.cut_B[row], row_BF[row]
