@@ -133,6 +133,21 @@ def test_vectors_of_the_user_are_an_encoder(shop):
     assert (told["encoder"], told["file"], len(told["broken"])) == ("precomputed", "mine.npz", 10)
 
 
+def test_vectors_without_ids_follow_the_order_of_the_items(shop):
+    np.save(shop / "mine.npy", 1 + np.eye(30))
+    config = configured(features__text="precomputed", features__text_file="mine.npy")
+
+    def vector_of():
+        items = pipeline.read(config, shop / "run").items
+        return dict(zip(items.raw_id_N[1:], items.modalities["text"].feature_NF[1:], strict=True))
+
+    before = vector_of()
+    np.testing.assert_array_equal(before["p3"], 1 + np.eye(30)[3])
+    head, *lines = (shop / "items.csv").read_text().splitlines()
+    (shop / "items.csv").write_text("\n".join([head, *lines[::-1]]) + "\n")
+    np.testing.assert_array_equal(vector_of()["p3"], 1 + np.eye(30)[26])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
