@@ -150,9 +150,8 @@ def encode_items(
                     weight += reader.weigh(batch[digest][1])
                 except (BrokenImage, OSError) as error:
                     broken[str(raw_id_I[item])] = str(error)
-                if (
-                    len(batch) >= encoder.batch or weight >= PIXELS
-                ):  # large images wait for no others: memory is bounded
+                # Large images wait for no others, so that memory is bounded.
+                if len(batch) >= encoder.batch or weight >= PIXELS:
                     flush()
             flush()
         problems = _problems(modality, raw_id_I, repeated, missing, broken)
