@@ -44,6 +44,7 @@ def _movielens(data: ConfigDict, made: Paths) -> Dataset:
         image_folder=folder / data.image_folder if data.image_folder else None,
         label_threshold=data.label_threshold,
         min_item_events=data.min_item_events,
+        min_user_events=data.min_user_events,
         strict=data.strict,
         checksums=_path(data.checksums),
     )
@@ -54,13 +55,10 @@ def _tabular(data: ConfigDict, made: Paths) -> Dataset:
         events_path=pathlib.Path(data.events_file),
         items_path=pathlib.Path(data.items_file) if data.items_file else None,
         columns={name: column for name, column in to_json(data.columns).items() if column and name != "image"},
-        features=_features(pathlib.Path(), data, made),
         image_folder=pathlib.Path(data.image_folder) if data.image_folder else None,
         category_separator=data.category_separator,
         label_threshold=data.label_threshold,
-        min_item_events=data.min_item_events,
-        min_user_events=data.min_user_events,
-        strict=data.strict,
+        **_recipe(data, made),
     )
 
 
@@ -129,7 +127,7 @@ CONTENTS = {
 
 
 def _recipe(data: ConfigDict, made: Paths) -> dict[str, Any]:
-    """What all recipes of published data are told."""
+    """What tables and all recipes of published data but MovieLens are told."""
     sums = sum_problems(pathlib.Path(data.checksums)) if data.checksums else []
     return {
         "features": _features(pathlib.Path(), data, made),

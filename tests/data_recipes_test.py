@@ -383,3 +383,12 @@ def test_kuairand_is_a_table(tmp_path):
     assert (len(dataset.log.raw_user_U), len(dataset.items.raw_id_N) - 1, len(dataset.log.item_E)) == (3, 4, 12)
     assert dataset.items.category_names == ("", "0", "1", "2", "3", "7")
     assert dataset.log.time_E[0] == 1650558500000
+    assert not {"count_differs", "checksum_differs"} & {*kinds(dataset)}
+    (tmp_path / "SUMS").write_text(f"{'0' * 64}  {log.name}\n")
+    config.data.update(expected_events=12, expected_users=3, expected_items=7, checksums=str(tmp_path / "SUMS"))
+    problems = {problem.kind: problem.where for problem in pipeline.read(config).problems}
+    assert problems["count_differs"] == ("4 items, expected 7",)
+    assert problems["checksum_differs"] == (log.name,)
+    config.data.strict = True
+    with pytest.raises(ValueError, match="refuses 1 x checksum_differs .*; 1 x count_differs"):
+        pipeline.read(config)

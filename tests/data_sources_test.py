@@ -10,6 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
+from marsjax.configuration import load_config
 from marsjax.data.feature_files import image_folder_problems, read_features
 from marsjax.data.inspection import describe, statistics
 from marsjax.data.movielens import load_movielens
@@ -17,6 +18,7 @@ from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
 from marsjax.data.tabular import load_tabular, read_ids, tabular_content
 from marsjax.evaluation.metrics import auc
+from marsjax.sources import SOURCES
 
 COLUMNS = {"user": "who", "item": "what", "label": "clicked", "time": "at"}
 
@@ -445,6 +447,15 @@ def test_movielens_layout(tmp_path):
 def test_malformed_ratings_are_named(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
         load_movielens(movielens_folder(tmp_path, lines))
+
+
+def test_users_of_few_ratings_are_left_out_where_the_configuration_says_so(tmp_path):
+    lines = [f"{u}::{m}::5::{100 + m}" for u in range(1, 8) for m in range(1, 6)] + ["8::1::5::1"]
+    config = load_config("configs/ml1m.py", {"data.folder": str(movielens_folder(tmp_path, lines))})
+    config.data.update(text_features="", image_features="", image_folder="", min_user_events=2)
+    dataset = SOURCES["movielens"](config.data, {})
+    assert list(dataset.log.raw_user_U) == [str(u) for u in range(1, 8)]
+    assert {p.kind: p.occurrences for p in dataset.problems}["rare_user"] == 1
 
 
 def test_missing_movielens_tells_where_to_get_it(tmp_path):

@@ -27,6 +27,7 @@ def load_movielens(
     image_folder: pathlib.Path | None = None,
     label_threshold: float | None = 4.0,
     min_item_events: int = 5,
+    min_user_events: int = 1,
     strict: bool = False,
     checksums: pathlib.Path | None = None,
 ) -> Dataset:
@@ -88,6 +89,7 @@ def load_movielens(
         features={name: read_features(path) for name, path in named.items() if path is not None},
         label_threshold=label_threshold,
         min_item_events=min_item_events,
+        min_user_events=min_user_events,
         strict=strict,
         problems=problems,
     )

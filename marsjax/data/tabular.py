@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from marsjax.data.checks import count_problems
 from marsjax.data.cleaning import Ids, RawItems, as_texts, build_dataset, float_ids
 from marsjax.data.content import find_images, no_images
-from marsjax.records import Content, Dataset
+from marsjax.records import Content, Dataset, Problem
 
 Table = Any  # pyarrow.Table; the package may be missing, so its types have no name here
 Column = Any  # pyarrow.ChunkedArray
@@ -27,7 +28,9 @@ def load_tabular(
     label_threshold: float | None = None,
     min_item_events: int = 1,
     min_user_events: int = 1,
+    expected: Mapping[str, int] | None = None,
     strict: bool = False,
+    problems: tuple[Problem, ...] = (),
 ) -> Dataset:
     """Reads one row an interaction, and optionally one row an item.
 
@@ -40,6 +43,8 @@ def load_tabular(
         features: modality -> file of vectors, see `feature_files.read_features`.
         image_folder: images named by item id; missing and cut-off ones are reported.
         label_threshold: label = value >= threshold; None wants 0 and 1.
+        expected: published counts of events, and of users and items that have some; 0 is not checked.
+        problems: what was found before.
 
     Raises:
         ValueError: missing file or column, damaged file, or what `cleaning.build_dataset` refuses.
@@ -65,10 +70,13 @@ def load_tabular(
         ]
         items = RawItems(strings["item"].astype(str), strings.get("title", blank), categories)
     known = items.raw_id if items is not None else np.unique(item_ids.name_X[item_ids.name_X != ""])
-    problems = image_folder_problems(image_folder, known) if image_folder is not None else []
+    user_ids = read_ids(user, "user", events_path)
+    counts = {"events": events.num_rows, "users": _occurring(user_ids), "items": _occurring(item_ids)}
+    found = [*problems, *count_problems(counts, expected or {})]
+    found += image_folder_problems(image_folder, known) if image_folder is not None else []
     return build_dataset(
         name=pathlib.Path(events_path).stem,
-        user_R=read_ids(user, "user", events_path),
+        user_R=user_ids,
         item_R=item_ids,
         label_R=_numbers(_mend(label, events_path), "label", events_path),
         time_R=_times(_mend(time, events_path), events_path),
@@ -82,8 +90,14 @@ def load_tabular(
         min_item_events=min_item_events,
         min_user_events=min_user_events,
         strict=strict,
-        problems=problems,
+        problems=found,
     )
+
+
+def _occurring(ids: Ids) -> int:
+    """How many different ids there are."""
+    name_X = np.unique(ids.name_X[np.unique(ids.code_R)])
+    return int((name_X != "").sum())
 
 
 def tabular_content(
