@@ -11,7 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from marsjax.configuration import load_config
-from marsjax.data.feature_files import image_folder_problems, read_features
+from marsjax.data.content import find_images, image_problems
+from marsjax.data.feature_files import read_features
 from marsjax.data.inspection import describe, statistics
 from marsjax.data.movielens import load_movielens
 from marsjax.data.splits import make_rows
@@ -383,11 +384,13 @@ def test_image_folder_with_a_truncated_file(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"\xff\xd8 pict")
     (tmp_path / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n data IEND\xaeB`\x82")
     (tmp_path / "d.png").write_bytes(b"\x89PNG\r\n\x1a\n dat")
-    missing, truncated = image_folder_problems(tmp_path, np.array(["a", "b", "c", "d", "e"]))
+    for name, head in (("f.webp", b"RIFF"), ("g.gif", b"GIF89a"), ("h.tif", b"II*\0"), ("i.bmp", b"BM")):
+        (tmp_path / name).write_bytes(head + b" picture")
+    (tmp_path / "j.webp").write_bytes(b"<html>")
+    ids = np.array(list("abcdefghij"))
+    missing, truncated = image_problems(ids, find_images(tmp_path, ids))
     assert (missing.kind, missing.occurrences, missing.where) == ("missing_image", 1, ("item e",))
-    assert truncated == ("truncated_image", 2, "noted", ("b.jpg", "d.png"))
-    with pytest.raises(ValueError, match="expected a folder of images"):
-        image_folder_problems(tmp_path / "nowhere", np.array(["a"]))
+    assert truncated == ("truncated_image", 3, "noted", ("b.jpg", "d.png", "j.webp"))
 
 
 def test_a_cut_image_is_refused_by_strict_and_costs_no_feature_otherwise(tmp_path):
@@ -408,7 +411,7 @@ def test_only_the_ends_of_an_image_are_read(tmp_path, head):
         file.seek(size)
         file.write(b"\xff\xd9" if head == b"\xff\xd8" else b"IEND\xaeB`\x82")
     tracemalloc.start()
-    assert image_folder_problems(tmp_path, np.array(["a"])) == []
+    assert image_problems(np.array(["a"]), [tmp_path / "a.png"]) == []
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < size / 100

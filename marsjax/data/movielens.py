@@ -9,8 +9,8 @@ import numpy as np
 
 from marsjax.data.checks import sum_problems
 from marsjax.data.cleaning import Ids, RawItems, as_texts, build_dataset
-from marsjax.data.content import find_images, joined, no_images, read_texts
-from marsjax.data.feature_files import image_folder_problems, read_features
+from marsjax.data.content import find_images, image_problems, joined, no_images, read_texts
+from marsjax.data.feature_files import read_features
 from marsjax.records import Content, Dataset, Problem
 
 # Counts of the official files (README of the download), and of items with at least 5 ratings.
@@ -76,7 +76,7 @@ def load_movielens(
                     problems.append(Problem("checksum_differs", 1, "noted", (archive.name,)))
             break
     if image_folder is not None:
-        problems += image_folder_problems(image_folder, raw_id)
+        problems += image_problems(raw_id, find_images(image_folder, raw_id))
     named = {"text": text_features, "image": image_features}
     return build_dataset(
         name="ml1m",

@@ -10,7 +10,7 @@ import numpy as np
 
 from marsjax.data.checks import count_problems
 from marsjax.data.cleaning import Ids, RawItems, as_texts, build_dataset, float_ids
-from marsjax.data.content import find_images, no_images
+from marsjax.data.content import find_images, image_problems, no_images
 from marsjax.records import Content, Dataset, Problem
 
 Table = Any  # pyarrow.Table; the package may be missing, so its types have no name here
@@ -39,9 +39,10 @@ def load_tabular(
     microseconds, all of them; a timestamp's parts of a microsecond are cut.
 
     Args:
-        columns: our names (user, item, label, time; of the items file item, title, categories) -> the files' names.
+        columns: our names (user, item, label, time; of the items file item, title, categories, image) -> the files'
+            names.
         features: modality -> file of vectors, see `feature_files.read_features`.
-        image_folder: images named by item id; missing and cut-off ones are reported.
+        image_folder: images named by item id, or as the column of images says; missing and cut-off ones are reported.
         label_threshold: label = value >= threshold; None wants 0 and 1.
         expected: published counts of events, and of users and items that have some; 0 is not checked.
         problems: what was found before.
@@ -50,15 +51,16 @@ def load_tabular(
         ValueError: missing file or column, damaged file, or what `cleaning.build_dataset` refuses.
         ImportError: pyarrow is not installed.
     """
-    from marsjax.data.feature_files import image_folder_problems, read_features
+    from marsjax.data.feature_files import read_features
 
     named = {ours: columns.get(ours, ours) for ours in ("user", "item", "label", "time")}
     events = read_table(events_path, text=(named["user"], named["item"]))
     user, item, label, time = (_need(events, theirs, ours, events_path) for ours, theirs in named.items())
     item_ids = read_ids(item, "item", events_path)
-    items = None
+    items, pictures = None, None
     if items_path is not None:
-        named = {"item": named["item"]} | {ours: columns[ours] for ours in ("title", "categories") if ours in columns}
+        optional = ("title", "categories", *(["image"] if image_folder is not None else []))
+        named = {"item": named["item"]} | {ours: columns[ours] for ours in optional if ours in columns}
         table = read_table(items_path, text=named.values())
         strings = {
             ours: read_texts(_joined(_need(table, theirs, ours, items_path), category_separator), ours, items_path)
@@ -69,11 +71,13 @@ def load_tabular(
             str(names).split(category_separator) if names else [] for names in strings.get("categories", blank)
         ]
         items = RawItems(strings["item"].astype(str), strings.get("title", blank), categories)
+        pictures = strings.get("image")
     known = items.raw_id if items is not None else np.unique(item_ids.name_X[item_ids.name_X != ""])
     user_ids = read_ids(user, "user", events_path)
     counts = {"events": events.num_rows, "users": _occurring(user_ids), "items": _occurring(item_ids)}
     found = [*problems, *count_problems(counts, expected or {})]
-    found += image_folder_problems(image_folder, known) if image_folder is not None else []
+    if image_folder is not None:
+        found += image_problems(known, find_images(image_folder, known if pictures is None else pictures))
     return build_dataset(
         name=pathlib.Path(events_path).stem,
         user_R=user_ids,
@@ -92,6 +96,16 @@ def load_tabular(
         strict=strict,
         problems=found,
     )
+
+
+def image_names(*, items_path: pathlib.Path, item: str, image: str) -> dict[str, str]:
+    """Id -> the name of its image, of the columns `item` and `image`. Raises as `tabular_content`."""
+    table = read_table(items_path, text={item, image})
+    item_I, image_I = (
+        read_texts(_need(table, name, ours, items_path), ours, items_path)
+        for name, ours in ((item, "item"), (image, "image"))
+    )
+    return dict(zip(item_I[::-1], image_I[::-1], strict=True))  # the first of equal ids counts
 
 
 def _occurring(ids: Ids) -> int:
