@@ -590,6 +590,7 @@ def encode_stage(
             encoding.READERS["text" if name == "precomputed" else modality],
             folder=folder,
             facts=facts,
+            notes={"loaded_from": options.model} if options.model else {},
             dtype=cfg.dtype,
             strict=config.data.strict,
         )

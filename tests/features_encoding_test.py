@@ -151,6 +151,13 @@ def test_another_encoder_makes_everything_anew(tmp_path, change):
     assert seen == TEXTS
 
 
+def test_notes_are_told_and_change_nothing(tmp_path):
+    encode(tmp_path, letters(), notes={"loaded_from": "here"})
+    seen = []
+    encode(tmp_path, letters(seen), notes={"loaded_from": "there"})
+    assert (seen, manifest(tmp_path)["loaded_from"]) == ([], "there")
+
+
 def test_damaged_results_are_made_anew(tmp_path):
     encode(tmp_path, letters())
     whole = listing(tmp_path)

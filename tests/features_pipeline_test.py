@@ -134,6 +134,13 @@ def test_vectors_of_the_user_are_an_encoder(shop):
     assert (told["encoder"], told["file"], len(told["broken"])) == ("precomputed", "mine.npz", 10)
 
 
+def test_the_manifest_tells_which_model_was_asked_for(shop):
+    pipeline.features(configured(features__image_model="somebody/model"), shop / "run")
+    told = json.loads((shop / "run" / "features" / "manifest.json").read_text())
+    assert told["image"]["loaded_from"] == "somebody/model"
+    assert "loaded_from" not in told["text"]
+
+
 def test_vectors_without_ids_follow_the_order_of_the_items(shop):
     np.save(shop / "mine.npy", 1 + np.eye(30))
     config = configured(features__text="precomputed", features__text_file="mine.npy")

@@ -65,6 +65,7 @@ def encode_items(
     *,
     folder: pathlib.Path,
     facts: Mapping[str, Any],
+    notes: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     strict: bool = False,
 ) -> Made:
@@ -76,6 +77,7 @@ def encode_items(
         raw_id_I: [I] str. The first of equal ids counts.
         value_I: I values for `reader.content`; None or "" is missing.
         facts: what the manifest says beside the facts of the encoder (the template, ...).
+        notes: what the manifest says too, and no vector depends on (where a model lies).
         dtype: of the vectors in the file, float32 or float16. A number that float16 cannot hold is broken.
         strict: refuse broken items and repeated ids once all is read; what was encoded stays in the journal.
 
@@ -177,6 +179,7 @@ def encode_items(
     manifest = files.read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     entry = {
         **whole,
+        **(notes or {}),
         "sha256": files.sha256_file(path),
         "items": len(use),
         "vectors": len(item_I),
