@@ -2,6 +2,7 @@
 
 import errno
 import json
+import threading
 
 import numpy as np
 import PIL.Image
@@ -43,7 +44,8 @@ def rows(folder):
 
 
 def listing(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """What is there beside locks, which stay for those who wait for them."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 def manifest(folder):
@@ -296,10 +298,53 @@ def test_a_really_full_disk(small_disk):
     assert not (small_disk / "text.npz").exists()
 
 
-def test_two_processes_do_not_write_the_same(tmp_path):
+@pytest.mark.parametrize("facts", [{}, {"revision": "2"}])
+def test_two_processes_do_not_write_the_same(tmp_path, facts):
+    """Not with another encoder either: the last one would remove what the other is writing."""
+
     def encode_inside(batch):
         with pytest.raises(ValueError, match="found another process encoding the same"):
-            encode(tmp_path, letters())
+            encode(tmp_path, letters(facts=facts))
         return letters().encode(batch)
 
     encode(tmp_path, letters()._replace(encode=encode_inside))
+
+
+def test_a_modality_is_held_until_all_is_written(tmp_path, monkeypatch):
+    write, tried = files.write_json, []
+
+    def write_inside(path, value):
+        with pytest.raises(ValueError, match="found another process encoding the same"):
+            encode(tmp_path, letters())
+        tried.append(path.name)
+        write(path, value)
+
+    monkeypatch.setattr(files, "write_json", write_inside)
+    encode(tmp_path, letters())
+    assert tried == ["manifest.json"]
+
+
+def test_two_modalities_at_once_are_both_in_the_manifest(tmp_path, monkeypatch):
+    write, others = files.write_json, []
+
+    def encode_image():
+        encode_items("image", IDS, TEXTS, letters(), READERS["text"], folder=tmp_path, facts={})
+
+    def write_beside(path, value):
+        if not others:  # what the other one would write now must not be written over
+            others.append(threading.Thread(target=encode_image))
+            others[0].start()
+            others[0].join(0.5)
+        write(path, value)
+
+    monkeypatch.setattr(files, "write_json", write_beside)
+    encode(tmp_path, letters())
+    others[0].join()
+    assert {*json.loads((tmp_path / "manifest.json").read_text())} == {"text", "image"}
+
+
+def test_what_a_kill_left_of_the_results_is_removed(tmp_path):
+    for name in (".text.npz.x7.partial", ".image.npz.x7.partial"):
+        (tmp_path / name).touch()
+    encode(tmp_path, letters())
+    assert sorted(listing(tmp_path)) == [".image.npz.x7.partial", "manifest.json", "text.npz"]

@@ -60,7 +60,11 @@ def test_the_page_of_the_documentation_works(shop, capsys):
     for words in commands:
         assert main.main([*words, *small]) == 0
     folder = shop / "runs" / "mine"
-    assert sorted(path.name for path in (folder / "features").iterdir()) == ["image.npz", "manifest.json", "text.npz"]
+    assert sorted(path.name for path in (folder / "features").glob("[!.]*")) == [
+        "image.npz",
+        "manifest.json",
+        "text.npz",
+    ]
     told = json.loads((folder / "features" / "manifest.json").read_text())
     assert (told["text"]["encoder"], told["text"]["vectors"], told["text"]["template"]) == (
         "tfidf",

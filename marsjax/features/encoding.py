@@ -9,6 +9,7 @@ replaced at once: the manifest tells of them and decides nothing.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -96,12 +97,11 @@ def encode_items(
     _, first = np.unique(raw_id_I, return_index=True)
     use = np.sort(first)
     repeated = np.setdiff1d(np.arange(len(raw_id_I)), use)
-    known = _Known(folder / f"{modality}.npz", facts_sha256)
     content: dict[int, bytes] = {}  # item -> sha256 of its content, of items that have a vector
     broken: dict[str, str] = {}  # id -> reason
     missing = []
-    with journal.open("a+b") as file:
-        _lock(file, folder)
+    with _locked(folder / f".{modality}.lock"), journal.open("a+b") as file:
+        known = _Known(folder / f"{modality}.npz", facts_sha256)
         place = _mend(file, record)  # content -> record
         batch: dict[bytes, tuple[list[int], Any]] = {}
         weight = 0  # of the batch
@@ -176,24 +176,26 @@ def encode_items(
         record_J: Any = np.memmap(journal, record, "r", shape=(len(place),)) if place else np.zeros(0, record)
         path = folder / f"{modality}.npz"
         cut_I = _write(path, facts_sha256, raw_id_I[item_I], digest_I, record_J, place, known, record["row"])
-    manifest = files.read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
-    entry = {
-        **whole,
-        **(notes or {}),
-        "sha256": files.sha256_file(path),
-        "items": len(use),
-        "vectors": len(item_I),
-        "missing": len(missing),
-        "broken": broken,
-        "repeated_ids": len(repeated),
-        "cut": int(cut_I.sum()),
-    }
-    if cut_I.any():
-        where = tuple(f"item {raw_id_I[item]}" for item in np.array(item_I)[cut_I][:SHOWN])
-        problems += (Problem(f"long_{modality}", int(cut_I.sum()), "kept", where),)
-    files.write_json(folder / MANIFEST, {**manifest, modality: entry})
-    for left in folder.glob(f".{modality}-*.partial"):
-        left.unlink()
+        entry = {
+            **whole,
+            **(notes or {}),
+            "sha256": files.sha256_file(path),
+            "items": len(use),
+            "vectors": len(item_I),
+            "missing": len(missing),
+            "broken": broken,
+            "repeated_ids": len(repeated),
+            "cut": int(cut_I.sum()),
+        }
+        if cut_I.any():
+            where = tuple(f"item {raw_id_I[item]}" for item in np.array(item_I)[cut_I][:SHOWN])
+            problems += (Problem(f"long_{modality}", int(cut_I.sum()), "kept", where),)
+        with _locked(folder / ".manifest.lock", wait=True):  # other modalities may be at work
+            manifest = files.read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+            files.write_json(folder / MANIFEST, {**manifest, modality: entry})
+        # Also what a kill left of results that were being written.
+        for left in (*folder.glob(f".{modality}-*.partial"), *folder.glob(f".{modality}.npz.*.partial")):
+            left.unlink()
     log.info("%s: %d vectors of %d items, %d made anew", path, len(item_I), len(use), len(place))
     return Made(path, problems)
 
@@ -312,16 +314,22 @@ def _sum(record: np.void) -> int:
     return zlib.crc32(record.tobytes()[:-4])
 
 
-def _lock(file: BinaryIO, folder: pathlib.Path) -> None:
-    """Holds the journal; the lock goes with the process, however that ends."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"{folder}: expected to be alone, found another process encoding the same; wait for it"
-        ) from error
-    except OSError as error:  # some network disks have no locks
-        log.warning("%s cannot be locked (%s): let no other process write there", folder, error)
+@contextlib.contextmanager
+def _locked(path: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds a file, which stays; the lock goes with the process, however that ends.
+
+    Raises ValueError where another process holds it, unless that is waited for.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{path.parent}: expected to be alone, found another process encoding the same; wait for it"
+            ) from error
+        except OSError as error:  # some network disks have no locks
+            log.warning("%s cannot be locked (%s): let no other process write there", path.parent, error)
+        yield
 
 
 def _mend(file: BinaryIO, record: np.dtype) -> dict[bytes, int]:
