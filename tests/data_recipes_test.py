@@ -110,6 +110,25 @@ def test_amazon_core_and_counts(tmp_path):
         load_amazon(path, features={}, core=2, expected=good | {"users": 3}, strict=True)
 
 
+def test_a_repeated_review_of_2023_does_not_count_for_the_core(tmp_path):
+    """w reviews only one product, twice; u reviews one again, later in time and earlier in the file."""
+    pairs = [("u", "a", 9), ("u", "a", 1), ("u", "b", 2), ("v", "a", 3), ("v", "b", 4), ("w", "b", 5), ("w", "b", 6)]
+
+    def load(review, core):
+        path = write_lines(tmp_path / "All_Beauty.jsonl", [review(user, item, 5.0, time) for user, item, time in pairs])
+        return load_amazon(path, features={}, core=core, strict=True), path
+
+    dataset, path = load(review_2023, 2)
+    assert list(dataset.log.raw_user_U) == ["u", "v"]
+    np.testing.assert_array_equal(dataset.log.time_E, np.array([1, 2, 3, 4]) * 1000)
+    assert kinds(dataset) == {"later_review": 2, "outside_core": 1}
+    meta = write_lines(tmp_path / "meta.jsonl", [{"parent_asin": name} for name in "abc"])
+    assert list(amazon_content(meta, reviews=path, core=2).raw_id_I) == ["a", "b"]
+    assert list(amazon_content(meta, reviews=path, core=3).raw_id_I) == []
+    assert len(load(review_2023, 0)[0].log.item_E) == 7
+    assert len(load(review_2014, 2)[0].log.item_E) == 7
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
