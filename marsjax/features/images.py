@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 # 400 MB as Pillow holds RGB: what is larger is an error or an attack (a decompression bomb), not a product photo.
-# Images that are encoded together are not many more pixels either.
+# Images that are encoded together have at most twice as many.
 PIXELS = 100_000_000
 
 
