@@ -171,10 +171,20 @@ def sha256_file(path: pathlib.Path) -> str:
 
 
 def digest_arrays(arrays: Mapping[str, Any]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names. Python objects raise ValueError."""
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names.
+
+    Objects that are all str have the sum of a fixed-width array of them; other Python objects raise ValueError.
+    """
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.asarray(arrays[name])  # not ascontiguousarray, which turns a scalar into an array of one
+        if array.dtype.hasobject and all(isinstance(text, str) for text in array.flat):
+            texts = [text.rstrip("\0") for text in array.flat]  # as NumPy does
+            width = max(map(len, texts), default=0) or 1
+            digest.update(f"{name}|<U{width}|{array.shape}|".encode())
+            for text in texts:  # the array as a whole may not fit
+                digest.update(text.encode("utf-32-le", "surrogatepass").ljust(4 * width, b"\0"))
+            continue
         _refuse_objects(name, array)
         digest.update(f"{name}|{array.dtype}|{array.shape}|".encode())
         digest.update(array.tobytes())
