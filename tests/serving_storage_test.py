@@ -144,6 +144,19 @@ def test_a_reader_never_gets_a_vector_of_another_version(opened):
     assert storage.lookup("u", "v2")[1] == b"two"
 
 
+def test_vectors_of_versions_that_are_gone_are_removed(opened):
+    storage = opened()
+    users = [f"u{number}" for number in range(1500)]  # more than are removed at a time
+    for version in ("000001-a", "000002-b", "000003-c"):
+        storage.write_vectors(version, dict.fromkeys(users, version.encode()), [])
+    apply(storage, [], {"u0": [entry(1)]})
+    storage.forget_versions(["000002-b", "000003-c"])
+    found = {version: [storage.lookup(user, version)[1] for user in (users[0], users[-1])]
+             for version in ("000001-a", "000002-b", "000003-c")}  # fmt: skip
+    assert found == {"000001-a": [None] * 2, "000002-b": [b"000002-b"] * 2, "000003-c": [b"000003-c"] * 2}
+    assert history(storage, "u0") == ["e1"]
+
+
 def test_a_user_who_changes_while_a_vector_is_made_stays_marked(opened):
     storage = opened()
     apply(storage, [], {"u": [entry(1)], "w": [entry(1)]})

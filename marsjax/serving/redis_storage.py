@@ -174,7 +174,12 @@ class RedisStorage:
                     pipe.execute()
 
     def forget_versions(self, keep: Sequence[str]) -> None:
-        """Nothing: values of other versions expire."""
+        # They would expire, but a version may come every few minutes: all that came in `ttl` would be there at once.
+        kept = tuple(f"{VECTOR}{version}:".encode() for version in keep)
+        with _answering():
+            found = self._redis.scan_iter(VECTOR + "*", count=1000)
+            for keys in _chunks((key for key in found if not key.startswith(kept)), 1000):
+                self._redis.unlink(*keys)
 
     def trim(self) -> None:
         with _answering():
