@@ -238,6 +238,24 @@ def test_a_worse_model_is_not_published(storage, model, bundle_folder, tmp_path,
     assert storage.backlog(TRAINER) == 0
 
 
+def test_who_goes_back_while_the_training_goes_on_is_not_overruled(
+    storage, model, bundle_folder, tmp_path, caplog, monkeypatch
+):
+    root = tmp_path / "root"
+    first, version = (versions.publish(root, bundle_folder, keep=5) for _ in range(2))
+    train = continuation._train
+    monkeypatch.setattr(continuation, "_train", lambda *arguments: (versions.rollback(root), train(*arguments))[1])
+    settings = continuation.Settings(least_events=10, least_judges=5, margin=10.0)
+    send(storage, make_events(model.bundle, 200))
+    consume(storage, model)
+    found = continuation.continue_training(root, storage, version, model.bundle, settings, embed=embed(model), keep=5)
+    assert found is None
+    assert versions.read_current(root).version == first
+    assert f"is dropped: {root}: expected {version} to be served, found {first}" in caplog.text
+    assert not (root / "training" / "candidate").exists()
+    assert storage.backlog(TRAINER) == 0
+
+
 def test_the_runner_runs_follows_and_stops(bundle_folder, storage, model, tmp_path):
     root, stop = tmp_path / "root", threading.Event()
     settings = runner.Settings(

@@ -143,10 +143,14 @@ def continue_training(
             made = folder / "candidate"
             files.remove_folder(made)
             continue_bundle(made, bundle, ctr=ctr, trained=trained)
-            published = versions.publish(root, made, keep=keep)
-            files.remove_folder(made)
-            _remember(folder, published, state, steps)
-            log.info("version %s is published after %d events: %s", published, len(training), said)
+            try:
+                published = versions.publish(root, made, keep=keep, only_after=version)
+                _remember(folder, published, state, steps)
+                log.info("version %s is published after %d events: %s", published, len(training), said)
+            except versions.Overtaken as error:
+                log.warning("a candidate trained on %d events is dropped: %s", len(training), error)
+            finally:
+                files.remove_folder(made)
         else:
             log.warning("a candidate trained on %d events is not published: %s", len(training), said)
     storage.apply(TRAINER, {}, [message.id for message in messages], cap=1, seed=lambda _: ())
