@@ -75,6 +75,34 @@ def test_a_consumer_that_was_killed_gets_its_messages_again(opened):
     assert [message.data for message in opened().read(RUNNER, count=10, wait=1.0)] == [b"a", b"b"]
 
 
+def test_what_a_consumer_that_is_gone_had_is_taken_over_though_more_always_comes(redis_server, monkeypatch):
+    import redis
+
+    from marsjax.serving import redis_storage
+
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    gone, other = (open_storage(redis_server.url, timeout=5.0, ttl=9.0, consumer=name) for name in ("gone", "other"))
+    gone.join(RUNNER)
+    gone.append([b"a", b"b"])
+    assert len(gone.read(RUNNER, count=10, wait=1.0)) == 2
+    monkeypatch.setattr(redis_storage, "CLAIM", 0.2)
+    seen, until = [], time.monotonic() + 5
+    while time.monotonic() < until and b"b" not in {message.data for message in seen}:
+        other.append([b"new"])
+        read = other.read(RUNNER, count=10, wait=0.0)
+        apply(other, read, {})
+        seen += read
+    assert {message.data: message.deliveries for message in seen} == {b"new": 1, b"a": 2, b"b": 2}
+    gone.join(TRAINER)
+    assert len(gone.read(TRAINER, count=10**6, wait=1.0)) >= len(seen)
+    time.sleep(0.3)
+    other.append([b"new"])
+    assert len(other.read(TRAINER, count=10**6, wait=0.0)) == 1  # a training may take longer
+    for storage in (gone, other):
+        storage.close()
+
+
 def test_groups_see_all_messages_each_and_trimming_waits_for_both(opened):
     storage = opened()
     storage.join(RUNNER)
