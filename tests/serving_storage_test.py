@@ -133,6 +133,22 @@ def test_a_message_that_kills_is_handed_out_alone_at_last(opened):
     assert seen[-1][0].deliveries > 10
 
 
+def test_the_trainer_gets_all_again_and_nothing_waits_for_one_that_has_left(opened):
+    storage = opened()
+    storage.leave(TRAINER)  # not there: nothing happens
+    storage.join(RUNNER)
+    storage.join(TRAINER)
+    storage.append([b"a", b"b"])
+    for deliveries in range(1, 9):
+        messages = storage.read(TRAINER, count=10, wait=1.0)
+        assert [(message.data, message.deliveries) for message in messages] == [(b"a", deliveries), (b"b", deliveries)]
+    apply(storage, storage.read(RUNNER, count=10, wait=1.0), {})
+    storage.leave(TRAINER)
+    storage.trim()
+    storage.join(TRAINER)
+    assert storage.read(TRAINER, count=10, wait=0.0) == []
+
+
 def test_events_have_their_effect_once(opened):
     storage = opened()
     storage.join(RUNNER)

@@ -17,7 +17,7 @@ from typing import Any
 import redis
 
 from marsjax.serving.events import Entry, decode_history, encode_history, merge
-from marsjax.serving.storage import TRAINER, Changed, Dead, Message, StorageError
+from marsjax.serving.storage import ALONE, TRAINER, Changed, Dead, Message, StorageError
 
 STREAM, DEAD, CHANGED, STAMPS = "marsjax:events", "marsjax:dead", "marsjax:changed", "marsjax:stamps"
 HISTORY, VECTOR = "marsjax:history:", "marsjax:vector:"
@@ -27,7 +27,6 @@ LONGEST_DEAD = 100_000  # dead letters that are kept, about
 # messages in hand from its beginning to its end, and must not lose them to a runner that only looks in.
 CLAIM, CLAIM_TRAINER = 60.0, 6 * 3600.0
 MOST_TAKEN = 100_000  # messages that are taken over at a time
-ALONE = 3  # after so many deliveries messages are handed out one by one: one of them may kill
 RETRIES = 20  # of a transaction that another writer got in the way of
 
 
@@ -53,6 +52,11 @@ class RedisStorage:
             except redis.ResponseError as error:
                 if "BUSYGROUP" not in str(error):
                     raise
+
+    def leave(self, group: str) -> None:
+        with _answering():
+            if self._redis.exists(STREAM):
+                self._redis.xgroup_destroy(STREAM, group)
 
     def read(self, group: str, *, count: int, wait: float) -> list[Message]:
         with _answering():
@@ -104,7 +108,8 @@ class RedisStorage:
         if not listed:
             return []
         times = {item["message_id"].decode(): int(item["times_delivered"]) for item in listed}
-        names = list(times)[: 1 if max(times.values()) >= ALONE else count]
+        alone = group != TRAINER and max(times.values()) >= ALONE
+        names = list(times)[: 1 if alone else count]
         # Claiming counts as a delivery; reading them once more would not.
         claimed: Any = self._redis.xclaim(STREAM, group, self._consumer, 0, names)
         found = dict(_pairs([[STREAM, claimed]]))
