@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -236,6 +237,98 @@ def test_a_worse_model_is_not_published(storage, model, bundle_folder, tmp_path,
     assert "is not published: log loss" in caplog.text
     assert versions.read_current(root).version == version
     assert storage.backlog(TRAINER) == 0
+
+
+def test_who_goes_back_while_the_training_goes_on_is_not_overruled(
+    storage, model, bundle_folder, tmp_path, caplog, monkeypatch
+):
+    root = tmp_path / "root"
+    first, version = (versions.publish(root, bundle_folder, keep=5) for _ in range(2))
+    train = continuation._train
+    monkeypatch.setattr(continuation, "_train", lambda *arguments: (versions.rollback(root), train(*arguments))[1])
+    settings = continuation.Settings(least_events=10, least_judges=5, margin=10.0)
+    send(storage, make_events(model.bundle, 200))
+    consume(storage, model)
+    found = continuation.continue_training(root, storage, version, model.bundle, settings, embed=embed(model), keep=5)
+    assert found is None
+    assert versions.read_current(root).version == first
+    assert f"is dropped: {root}: expected {version} to be served, found {first}" in caplog.text
+    assert not (root / "training" / "candidate").exists()
+    assert storage.backlog(TRAINER) == 0
+
+
+def spoil(tmp_path, user):
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.sqlite")) as connection, connection:
+        connection.execute("INSERT OR REPLACE INTO histories VALUES(?, ?)", (user, b"spoiled"))
+
+
+def test_a_history_that_cannot_be_read_costs_no_other_user_anything(storage, model, tmp_path, caplog):
+    donors = [str(model.bundle.users.raw_user_U[user]) for user in model.bundle.lenders.donors.user_P[:2]]
+    events = [Event(f"s{user}", user, name(model, 1), 1.0, 10**6) for user in donors]
+    send(storage, events)
+    consume(storage, model)
+    spoil(tmp_path, donors[0])
+    renewed = runner.renew_lenders(storage, model, model.bundle.lenders)
+    np.testing.assert_array_equal((renewed.donors.time_PL == 10**6).any(axis=1)[:2], [False, True])
+    rows = continuation.make_rows(model.bundle, storage, events, embed=embed(model))
+    assert [len(row.profile.item_L) > 0 for row in rows] == [False, True]
+    assert runner.embed_changed(storage, model, count=10) == 2
+    assert [storage.lookup(user, "v1")[1] is not None for user in donors] == [False, True]
+    assert f"user {donors[0]}: the history in the store counts as none" in caplog.text
+
+
+def test_events_that_no_training_survives_are_given_up(storage, model, bundle_folder, tmp_path, caplog, monkeypatch):
+    root = tmp_path / "root"
+    version = versions.publish(root, bundle_folder, keep=5)
+    settings = continuation.Settings(least_events=10, tries=2)
+    tried = []
+
+    def fail(*arguments):
+        tried.append(arguments)
+        raise OSError("a full disk")
+
+    monkeypatch.setattr(continuation, "_train", fail)
+    send(storage, make_events(model.bundle, 30))
+    consume(storage, model)
+    go_on = [root, storage, version, model.bundle, settings]
+    for _ in range(2):
+        with pytest.raises(OSError, match="full"):
+            continuation.continue_training(*go_on, embed=embed(model), keep=5)
+    assert continuation.continue_training(*go_on, embed=embed(model), keep=5) is None
+    assert "30 events are given up: training on them failed 2 times" in caplog.text
+    assert (len(tried), storage.backlog(TRAINER)) == (2, 0)
+
+
+def test_a_step_that_fails_keeps_no_other_from_its_turn(bundle_folder, storage, model, tmp_path, monkeypatch):
+    root, stop, tried = tmp_path / "root", threading.Event(), []
+
+    def failing(step):
+        def fail(*_, **__):
+            tried.append(step)
+            raise ValueError(f"{step} never works")
+
+        return fail
+
+    monkeypatch.setattr(runner, "renew_lenders", failing("donors"))
+    monkeypatch.setattr(continuation, "continue_training", failing("training"))
+    monkeypatch.setattr(storage, "trim", lambda trim=storage.trim: (tried.append("trim"), trim()))
+    monkeypatch.setattr(runner, "PAUSE", 0.05)
+    version = versions.publish(root, bundle_folder, keep=2)
+    settings = runner.Settings(
+        root, wait=0.01, lenders_seconds=0.5, train_seconds=0.5, trim_seconds=0.2, rebuild_hour=-1
+    )
+    thread = threading.Thread(target=runner.run, args=(settings, storage, stop))
+    thread.start()
+    (event,) = make_events(model.bundle, 1)
+    send(storage, [event])
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (tried.count("trim") > 6 and storage.lookup(event.user, version)[1]):
+        time.sleep(0.02)
+    stop.set()
+    thread.join(60)
+    assert tried.count("trim") > 6
+    assert storage.lookup(event.user, version)[1] is not None
+    assert all(0 < tried.count(step) < tried.count("trim") for step in ("donors", "training"))  # once a turn
 
 
 def test_the_runner_runs_follows_and_stops(bundle_folder, storage, model, tmp_path):

@@ -75,6 +75,34 @@ def test_a_consumer_that_was_killed_gets_its_messages_again(opened):
     assert [message.data for message in opened().read(RUNNER, count=10, wait=1.0)] == [b"a", b"b"]
 
 
+def test_what_a_consumer_that_is_gone_had_is_taken_over_though_more_always_comes(redis_server, monkeypatch):
+    import redis
+
+    from marsjax.serving import redis_storage
+
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    gone, other = (open_storage(redis_server.url, timeout=5.0, ttl=9.0, consumer=name) for name in ("gone", "other"))
+    gone.join(RUNNER)
+    gone.append([b"a", b"b"])
+    assert len(gone.read(RUNNER, count=10, wait=1.0)) == 2
+    monkeypatch.setattr(redis_storage, "CLAIM", 0.2)
+    seen, until = [], time.monotonic() + 5
+    while time.monotonic() < until and b"b" not in {message.data for message in seen}:
+        other.append([b"new"])
+        read = other.read(RUNNER, count=10, wait=0.0)
+        apply(other, read, {})
+        seen += read
+    assert {message.data: message.deliveries for message in seen} == {b"new": 1, b"a": 2, b"b": 2}
+    gone.join(TRAINER)
+    assert len(gone.read(TRAINER, count=10**6, wait=1.0)) >= len(seen)
+    time.sleep(0.3)
+    other.append([b"new"])
+    assert len(other.read(TRAINER, count=10**6, wait=0.0)) == 1  # a training may take longer
+    for storage in (gone, other):
+        storage.close()
+
+
 def test_groups_see_all_messages_each_and_trimming_waits_for_both(opened):
     storage = opened()
     storage.join(RUNNER)
@@ -103,6 +131,22 @@ def test_a_message_that_kills_is_handed_out_alone_at_last(opened):
     assert len(seen[0]) == 2
     assert [message.data for message in seen[-1]] == [b"poison"]
     assert seen[-1][0].deliveries > 10
+
+
+def test_the_trainer_gets_all_again_and_nothing_waits_for_one_that_has_left(opened):
+    storage = opened()
+    storage.leave(TRAINER)  # not there: nothing happens
+    storage.join(RUNNER)
+    storage.join(TRAINER)
+    storage.append([b"a", b"b"])
+    for deliveries in range(1, 9):
+        messages = storage.read(TRAINER, count=10, wait=1.0)
+        assert [(message.data, message.deliveries) for message in messages] == [(b"a", deliveries), (b"b", deliveries)]
+    apply(storage, storage.read(RUNNER, count=10, wait=1.0), {})
+    storage.leave(TRAINER)
+    storage.trim()
+    storage.join(TRAINER)
+    assert storage.read(TRAINER, count=10, wait=0.0) == []
 
 
 def test_events_have_their_effect_once(opened):
@@ -142,6 +186,19 @@ def test_a_reader_never_gets_a_vector_of_another_version(opened):
     storage.write_vectors("v2", {"u": b"two"}, [])
     assert storage.lookup("u", "v1")[1] == b"one"
     assert storage.lookup("u", "v2")[1] == b"two"
+
+
+def test_vectors_of_versions_that_are_gone_are_removed(opened):
+    storage = opened()
+    users = [f"u{number}" for number in range(1500)]  # more than are removed at a time
+    for version in ("000001-a", "000002-b", "000003-c"):
+        storage.write_vectors(version, dict.fromkeys(users, version.encode()), [])
+    apply(storage, [], {"u0": [entry(1)]})
+    storage.forget_versions(["000002-b", "000003-c"])
+    found = {version: [storage.lookup(user, version)[1] for user in (users[0], users[-1])]
+             for version in ("000001-a", "000002-b", "000003-c")}  # fmt: skip
+    assert found == {"000001-a": [None] * 2, "000002-b": [b"000002-b"] * 2, "000003-c": [b"000003-c"] * 2}
+    assert history(storage, "u0") == ["e1"]
 
 
 def test_a_user_who_changes_while_a_vector_is_made_stays_marked(opened):

@@ -40,6 +40,19 @@ def test_versions_are_published_kept_and_rolled_back(variants, tmp_path):
     assert versions.rollback(root) == published[1]
 
 
+def test_what_follows_one_version_does_not_replace_another(variants, tmp_path):
+    root = tmp_path / "root"
+    with pytest.raises(versions.Overtaken, match="expected x to be served, found nothing"):
+        versions.publish(root, variants[0], keep=3, only_after="x")
+    first = versions.publish(root, variants[0], keep=3)
+    second = versions.publish(root, variants[1], keep=3, only_after=first)
+    before = versions.read_current(root)
+    with pytest.raises(versions.Overtaken, match=f"expected {first} to be served, found {second}"):
+        versions.publish(root, variants[0], keep=3, only_after=first)
+    assert versions.read_current(root) == before
+    assert [path.name for path in sorted((root / "versions").iterdir())] == [first, second]
+
+
 def test_what_is_served_is_kept_however_old(variants, tmp_path):
     root = tmp_path / "root"
     first = versions.publish(root, variants[0], keep=2)

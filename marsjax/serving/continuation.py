@@ -16,7 +16,7 @@ from marsjax import files
 from marsjax.ctr import objective
 from marsjax.serving import people, scoring, versions
 from marsjax.serving.bundle import Bundle, continue_bundle, item_numbers, user_numbers
-from marsjax.serving.events import Entry, Event, decode_event, decode_history, encode_event
+from marsjax.serving.events import Entry, Event, decode_event, encode_event, read_history
 from marsjax.serving.lending import lend
 from marsjax.serving.storage import TRAINER, Storage
 from marsjax.training import checkpoint
@@ -38,6 +38,7 @@ class Settings(NamedTuple):
     judges: int = 5000  # the latest of these that are kept
     least_judges: int = 30  # fewer cannot judge, and nothing is published
     margin: float = 0.002  # of log loss by which a candidate may be worse than what is served
+    tries: int = 5  # after so many that failed, events are given up
 
 
 class Verdict(NamedTuple):
@@ -73,7 +74,7 @@ def make_rows(
     events = [event for event, known in zip(events, known_X, strict=True) if known]
     users = list(dict.fromkeys(event.user for event in events))
     stored = dict(zip(users, storage.histories(users), strict=True))
-    whole = {user: () if data is None else decode_history(data) for user, data in stored.items()}
+    whole = {user: read_history(data, user) or () for user, data in stored.items()}
     before = [
         [entry for entry in whole[event.user] if (entry.time, entry.id) < (event.time, event.id)] for event in events
     ]
@@ -122,7 +123,10 @@ def continue_training(
     # A runner that died after it had published, and before it had acknowledged, gets the same messages again.
     before = _place(bundle.manifest.get("trained", {}).get("to", "0"))
     new = [message for message in messages if message.deliveries == 1 or _place(message.id) > before]
-    events = [event for message in new if (event := _event(message.data))]
+    given_up = [message for message in new if message.deliveries > settings.tries]
+    if given_up:
+        log.warning("%d events are given up: training on them failed %d times", len(given_up), settings.tries)
+    events = [event for message in new if message.deliveries <= settings.tries and (event := _event(message.data))]
     folder = pathlib.Path(root) / FOLDER
     judging = _judges(folder, [event for event in events if is_held_out(event.id, settings.held_out)], settings)
     training = [event for event in events if not is_held_out(event.id, settings.held_out)]
@@ -143,10 +147,14 @@ def continue_training(
             made = folder / "candidate"
             files.remove_folder(made)
             continue_bundle(made, bundle, ctr=ctr, trained=trained)
-            published = versions.publish(root, made, keep=keep)
-            files.remove_folder(made)
-            _remember(folder, published, state, steps)
-            log.info("version %s is published after %d events: %s", published, len(training), said)
+            try:
+                published = versions.publish(root, made, keep=keep, only_after=version)
+                _remember(folder, published, state, steps)
+                log.info("version %s is published after %d events: %s", published, len(training), said)
+            except versions.Overtaken as error:
+                log.warning("a candidate trained on %d events is dropped: %s", len(training), error)
+            finally:
+                files.remove_folder(made)
         else:
             log.warning("a candidate trained on %d events is not published: %s", len(training), said)
     storage.apply(TRAINER, {}, [message.id for message in messages], cap=1, seed=lambda _: ())

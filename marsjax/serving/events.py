@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+
+log = logging.getLogger(__name__)
 
 LONGEST_ID = 128  # characters of an id
 LARGEST = 2**53  # of a time: beyond, JSON numbers are not exact everywhere
@@ -98,3 +101,13 @@ def decode_history(data: bytes) -> tuple[Entry, ...]:
     if not all(math.isfinite(entry.label) for entry in entries):
         raise ValueError("expected labels of a history that are finite, found others")
     return entries
+
+
+def read_history(data: bytes | None, user: str) -> tuple[Entry, ...] | None:
+    """A history as a store has it; None where there is none. A damaged one counts as none, and the log tells of it: one
+    user with a history that cannot be read must not keep all others from theirs."""
+    try:
+        return None if data is None else decode_history(data)
+    except ValueError as error:
+        log.warning("user %s: the history in the store counts as none: %s", user, error)
+        return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +17,16 @@ from typing import Any
 import redis
 
 from marsjax.serving.events import Entry, decode_history, encode_history, merge
-from marsjax.serving.storage import Changed, Dead, Message, StorageError
+from marsjax.serving.storage import ALONE, TRAINER, Changed, Dead, Message, StorageError
 
 STREAM, DEAD, CHANGED, STAMPS = "marsjax:events", "marsjax:dead", "marsjax:changed", "marsjax:stamps"
 HISTORY, VECTOR = "marsjax:history:", "marsjax:vector:"
 FIELD = b"data"
 LONGEST_DEAD = 100_000  # dead letters that are kept, about
-CLAIM = 60_000  # milliseconds after which a message of a consumer that is gone is taken over
-ALONE = 3  # after so many deliveries messages are handed out one by one: one of them may kill
+# Seconds after which a message that a consumer has not acknowledged is taken over by another one. A training has its
+# messages in hand from its beginning to its end, and must not lose them to a runner that only looks in.
+CLAIM, CLAIM_TRAINER = 60.0, 6 * 3600.0
+MOST_TAKEN = 100_000  # messages that are taken over at a time
 RETRIES = 20  # of a transaction that another writer got in the way of
 
 
@@ -34,6 +37,7 @@ class RedisStorage:
         self._redis = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
         self._timeout, self._ttl, self._consumer = timeout, max(int(ttl), 1), consumer
         self._pending: dict[str, bool] = {}  # group -> whether this consumer may have messages not acknowledged
+        self._looked: dict[str, float] = {}  # group -> time.monotonic() of the last look for messages to take over
 
     def append(self, data: Sequence[bytes]) -> None:
         with _answering(), self._redis.pipeline(transaction=True) as pipe:
@@ -49,9 +53,15 @@ class RedisStorage:
                 if "BUSYGROUP" not in str(error):
                     raise
 
+    def leave(self, group: str) -> None:
+        with _answering():
+            if self._redis.exists(STREAM):
+                self._redis.xgroup_destroy(STREAM, group)
+
     def read(self, group: str, *, count: int, wait: float) -> list[Message]:
         with _answering():
-            if self._pending.get(group, True):
+            # Whether or not there is something new: where there always is, nobody else's would ever be taken over.
+            if self._take_over(group) or self._pending.get(group, True):
                 found = self._again(group, count)
                 if found:
                     return found
@@ -66,12 +76,25 @@ class RedisStorage:
                 self.join(group)  # the server lost its data
                 return []
             new = _pairs(answer)
-            if not new:
-                claimed: Any = self._redis.xautoclaim(STREAM, group, self._consumer, CLAIM, count=count)
-                self._pending[group] = bool(claimed[1])
-                return []
-            self._pending[group] = True
+            self._pending[group] = bool(new)
             return [Message(name, data, 1) for name, data in new]
+
+    def _take_over(self, group: str) -> bool:
+        """Takes over what other consumers have had for too long, in every half of that time; whether there was any."""
+        claim, now = CLAIM_TRAINER if group == TRAINER else CLAIM, time.monotonic()
+        if now - self._looked.get(group, -math.inf) < claim / 2:
+            return False
+        self._looked[group] = now
+        try:
+            # Only named here: that they are handed out is counted where they are.
+            return bool(
+                self._redis.xautoclaim(STREAM, group, self._consumer, int(1000 * claim), count=MOST_TAKEN, justid=True)
+            )
+        except redis.ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            self.join(group)
+            return False
 
     def _again(self, group: str, count: int) -> list[Message]:
         """Messages that were handed to this consumer and not acknowledged."""
@@ -85,7 +108,8 @@ class RedisStorage:
         if not listed:
             return []
         times = {item["message_id"].decode(): int(item["times_delivered"]) for item in listed}
-        names = list(times)[: 1 if max(times.values()) >= ALONE else count]
+        alone = group != TRAINER and max(times.values()) >= ALONE
+        names = list(times)[: 1 if alone else count]
         # Claiming counts as a delivery; reading them once more would not.
         claimed: Any = self._redis.xclaim(STREAM, group, self._consumer, 0, names)
         found = dict(_pairs([[STREAM, claimed]]))
@@ -174,7 +198,12 @@ class RedisStorage:
                     pipe.execute()
 
     def forget_versions(self, keep: Sequence[str]) -> None:
-        """Nothing: values of other versions expire."""
+        # They would expire, but a version may come every few minutes: all that came in `ttl` would be there at once.
+        kept = tuple(f"{VECTOR}{version}:".encode() for version in keep)
+        with _answering():
+            found = self._redis.scan_iter(VECTOR + "*", count=1000)
+            for keys in _chunks((key for key in found if not key.startswith(kept)), 1000):
+                self._redis.unlink(*keys)
 
     def trim(self) -> None:
         with _answering():

@@ -9,8 +9,8 @@ import logging
 import pathlib
 import threading
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -19,13 +19,17 @@ from marsjax.data.histories import gather_histories
 from marsjax.records import Donors, Histories
 from marsjax.serving import continuation, people, snapshots, versions
 from marsjax.serving.bundle import Bundle, Encoder, item_numbers, load_bundle, load_encoder
-from marsjax.serving.events import Entry, decode_event, decode_history
+from marsjax.serving.events import Entry, decode_event, read_history
 from marsjax.serving.lending import Lenders
 from marsjax.serving.storage import RUNNER, TRAINER, Dead, Storage, StorageError
 from marsjax.serving.vectors import Vector, digest, encode_vector
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PAUSE = 1.0  # seconds, after a failure and while nothing is published
 SIZE = 64  # users that are embedded at a time
 NOBODY = ""  # no user has this id; the store knows by its vector that a version has been seen
 
@@ -40,6 +44,7 @@ class Settings(NamedTuple):
     lenders_seconds: float = 300.0  # between two indexes; 0: never
     rebuild_hour: int = 3  # local hour after which everything is made anew once a day; -1: never
     trim_seconds: float = 30.0
+    follow_seconds: float = 30.0  # after a version that cannot be loaded
     train_seconds: float = 1200.0  # between two published continuations of the training; 0: never
     training: continuation.Settings = continuation.Settings()
     keep: int = 5  # versions
@@ -109,12 +114,10 @@ def embed_changed(storage: Storage, model: Model, *, count: int) -> int:
     stored = storage.histories([item.user for item in changed])
     known, histories = [], []
     for item, data in zip(changed, stored, strict=True):
-        try:
-            if data is not None:
-                histories.append(decode_history(data))
-                known.append((item.user, data))
-        except ValueError as error:
-            log.warning("user %s gets no vector: %s", item.user, error)
+        entries = read_history(data, item.user)
+        if data is not None and entries is not None:
+            histories.append(entries)
+            known.append((item.user, data))
     vector_UD = embed_histories(model.bundle, model.encoder, histories)
     now = time.time()
     vectors = {
@@ -132,10 +135,11 @@ def renew_lenders(storage: Storage, model: Model, lenders: Lenders) -> Lenders |
     stored = [
         data for i in range(0, len(names), 1000) for data in storage.histories([str(n) for n in names[i : i + 1000]])
     ]
-    at_X = np.flatnonzero([data is not None for data in stored])
+    read = [read_history(data, str(name)) for data, name in zip(stored, names, strict=True)]
+    at_X = np.flatnonzero([entries is not None for entries in read])
     if not len(at_X):
         return None
-    histories = [decode_history(data) for data in stored if data is not None]
+    histories = [entries for entries in read if entries is not None]
     found, end_U = as_histories(bundle, histories)
     width = donors.item_PL.shape[1]
     item_PL, time_PL, mark_PL = donors.item_PL.copy(), donors.time_PL.copy(), lenders.mark_PL.copy()
@@ -188,67 +192,99 @@ def follow(root: pathlib.Path, storage: Storage, model: Model | None) -> Model |
     return Model(current.version, bundle, load_encoder(bundle))
 
 
+class Turns:
+    """Steps that may fail. A failure is told, takes the turn of its step, and keeps no other step from its own."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._at: dict[str, float] = {}
+        self.failed = False  # whether any step has, since this was set to False
+
+    def due(self, step: str, seconds: float) -> bool:
+        """Whether it is `seconds` since the last turn of the step, or since the beginning; this is its turn then.
+        Never, where `seconds` is 0."""
+        now = time.monotonic()
+        if not seconds or now - self._at.get(step, self._began) < seconds:
+            return False
+        self._at[step] = now
+        return True
+
+    def attempt(self, step: str, act: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T | None:
+        """What the step returns; None where it failed: the store does not answer, a disk is full, a file is damaged."""
+        try:
+            return act(*arguments, **named)
+        except (StorageError, OSError, ValueError) as error:
+            log.warning("%s: %s; trying again", step, error)
+            self.failed = True
+            return None
+
+
+def _join(storage: Storage, *, trains: bool) -> bool:
+    """Groups of the steps that run. One that nobody reads any more would keep the stream from being trimmed."""
+    storage.join(RUNNER)
+    if trains:
+        storage.join(TRAINER)
+    else:
+        storage.leave(TRAINER)
+    return True
+
+
+def _publish_lenders(root: pathlib.Path, storage: Storage, model: Model, lenders: Lenders) -> Lenders | None:
+    renewed = renew_lenders(storage, model, lenders)
+    if renewed is not None:
+        log.info("donors: %s", snapshots.publish_lenders(root, model.version, renewed))
+    return renewed
+
+
 def run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
-    """Runs until `stop` is set. A store that does not answer is waited for."""
+    """Runs until `stop` is set. A step that fails is tried again at its next turn, and the others go on."""
+    root, turns = settings.root, Turns()
     model: Model | None = None
-    lenders: Lenders  # those that were published last
-    joined = False
-    lenders_at = trained_at = trimmed_at = told_at = time.monotonic()
+    joined: bool | None = False
+    follows_at = 0.0
+    told_at = time.monotonic()
     rebuilt = datetime.date.today()
     events = vectors = 0
     while not stop.is_set():
-        try:
-            if not joined:
-                storage.join(RUNNER)
-                if settings.train_seconds:
-                    storage.join(TRAINER)
-                joined = True
-            before, model = model, follow(settings.root, storage, model)
-            if model is None:
-                log.info("waiting for a bundle in %s: publish one", settings.root)
-                stop.wait(2.0)
-                continue
-            if before is None or before.version != model.version:
-                lenders = model.bundle.lenders
-            found = consume(
-                storage,
-                model.bundle,
-                count=settings.batch,
-                wait=settings.wait,
-                most_deliveries=settings.most_deliveries,
-            )
-            events += found
-            vectors += embed_changed(storage, model, count=settings.batch)
-            now, today = time.monotonic(), datetime.datetime.now()
-            rebuild = today.date() > rebuilt and 0 <= settings.rebuild_hour <= today.hour
-            if rebuild:
-                storage.touch_all()
-                rebuilt = today.date()
-            if rebuild or (settings.lenders_seconds and now - lenders_at >= settings.lenders_seconds):
-                renewed = renew_lenders(storage, model, model.bundle.lenders if rebuild else lenders)
-                if renewed is not None:
-                    lenders = renewed
-                    log.info("donors: %s", snapshots.publish_lenders(settings.root, model.version, renewed))
-                lenders_at = time.monotonic()
-            due = settings.train_seconds and now - trained_at >= settings.train_seconds
-            # Histories first: a row is trained with what its user did before.
-            if due and found < settings.batch:
-                continuation.continue_training(
-                    settings.root, storage, model.version, model.bundle, settings.training,
-                    embed=functools.partial(embed_histories, model.bundle, model.encoder),
-                    keep=settings.keep,
-                )  # fmt: skip
-                trained_at = time.monotonic()
-            if now - trimmed_at >= settings.trim_seconds:
-                storage.trim()
-                trimmed_at = now
-            if now - told_at >= 10.0 and events:
-                log.info("%d events and %d vectors in %.0f s", events, vectors, now - told_at)
-                events = vectors = 0
-                told_at = now
-        except StorageError as error:
-            log.warning("%s; trying again", error)
-            stop.wait(1.0)
-        except (OSError, ValueError) as error:
-            log.warning("%s; trying again", error)  # a full disk, a version that is damaged or was just removed
-            stop.wait(1.0)
+        if turns.failed:
+            stop.wait(PAUSE)
+            turns.failed = False
+        joined = joined or turns.attempt("joining", _join, storage, trains=settings.train_seconds > 0)
+        if joined and time.monotonic() >= follows_at:
+            found = turns.attempt("following", follow, root, storage, model)
+            if found is None:  # checking all files of a damaged version takes long: not each moment
+                follows_at = time.monotonic() + (PAUSE if model is None else settings.follow_seconds)
+            elif found is not model:
+                model, lenders = found, found.bundle.lenders  # those that were published last
+        if model is None:
+            log.info("waiting for a bundle in %s: publish one", root)
+            stop.wait(PAUSE)
+            continue
+        taken = turns.attempt(
+            "events", consume, storage, model.bundle,
+            count=settings.batch, wait=settings.wait, most_deliveries=settings.most_deliveries,
+        )  # fmt: skip
+        made = turns.attempt("vectors", embed_changed, storage, model, count=settings.batch)
+        events, vectors = events + (taken or 0), vectors + (made or 0)
+        now, today = time.monotonic(), datetime.datetime.now()
+        rebuild = today.date() > rebuilt and 0 <= settings.rebuild_hour <= today.hour
+        if rebuild:
+            rebuilt = today.date()
+            turns.attempt("rebuilding", storage.touch_all)
+        if turns.due("donors", settings.lenders_seconds) or rebuild:
+            since = model.bundle.lenders if rebuild else lenders
+            renewed = turns.attempt("donors", _publish_lenders, root, storage, model, since)
+            lenders = lenders if renewed is None else renewed
+        # Histories first: a row is trained with what its user did before.
+        if taken is not None and taken < settings.batch and turns.due("training", settings.train_seconds):
+            turns.attempt(
+                "training", continuation.continue_training, root, storage, model.version, model.bundle,
+                settings.training, embed=functools.partial(embed_histories, model.bundle, model.encoder),
+                keep=settings.keep,
+            )  # fmt: skip
+        if turns.due("trimming", settings.trim_seconds):
+            turns.attempt("trimming", storage.trim)
+        if now - told_at >= 10.0 and events:
+            log.info("%d events and %d vectors in %.0f s", events, vectors, now - told_at)
+            events = vectors = 0
+            told_at = now

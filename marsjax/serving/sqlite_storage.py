@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from marsjax.serving.events import Entry, decode_history, encode_history, merge
-from marsjax.serving.storage import Changed, Dead, Message, StorageError
+from marsjax.serving.storage import ALONE, TRAINER, Changed, Dead, Message, StorageError
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS stream(id INTEGER PRIMARY KEY AUTOINCREMENT, data BLOB NOT NULL);
@@ -25,7 +25,6 @@ CREATE TABLE IF NOT EXISTS changed(user TEXT PRIMARY KEY, stamp TEXT NOT NULL, s
 CREATE INDEX IF NOT EXISTS waiting ON changed(since);
 """
 POLL = 0.02  # seconds between two looks at an empty stream
-ALONE = 3  # after so many tries that were not acknowledged, messages are handed out one by one: one of them may kill
 
 
 class SqliteStorage:
@@ -48,6 +47,10 @@ class SqliteStorage:
         with self._writing() as connection:
             connection.execute("INSERT OR IGNORE INTO consumers VALUES(?, 0, 0)", (group,))
 
+    def leave(self, group: str) -> None:
+        with self._writing() as connection:
+            connection.execute("DELETE FROM consumers WHERE name = ?", (group,))
+
     def read(self, group: str, *, count: int, wait: float) -> list[Message]:
         until = time.monotonic() + wait
         while True:
@@ -58,7 +61,7 @@ class SqliteStorage:
                     ((done, tries),) = connection.execute("SELECT done, tries FROM consumers WHERE name = ?", (group,))
                     found = connection.execute(
                         "SELECT id, data FROM stream WHERE id > ? ORDER BY id LIMIT ?",
-                        (done, 1 if tries > ALONE else count),
+                        (done, 1 if tries > ALONE and group != TRAINER else count),
                     ).fetchall()
                 return [Message(str(number), data, tries) for number, data in found]
             if time.monotonic() >= until:

@@ -13,6 +13,9 @@ from marsjax.serving.events import Entry
 
 RUNNER = "runner"  # the group of consumers that keeps histories and vectors
 TRAINER = "trainer"  # the one that continues the training
+# After so many tries that were not acknowledged, messages are handed out one by one: one of them may kill. Not to the
+# trainer, which takes all that came in an hour at once and gives up by itself.
+ALONE = 3
 
 
 class Message(NamedTuple):
@@ -55,6 +58,9 @@ class Storage(Protocol):
 
     def join(self, group: str) -> None:
         """Makes the group, if it is not there, from the beginning of the stream."""
+
+    def leave(self, group: str) -> None:
+        """Removes the group, if it is there: trimming waits for all that are."""
 
     def apply(
         self,

@@ -29,11 +29,19 @@ class Current(NamedTuple):
     earlier: tuple[str, ...]  # the latest last
 
 
-def publish(root: pathlib.Path, bundle: pathlib.Path, *, keep: int) -> str:
+class Overtaken(ValueError):
+    """Another version is served than the one that a bundle was to follow."""
+
+
+def publish(root: pathlib.Path, bundle: pathlib.Path, *, keep: int, only_after: str | None = None) -> str:
     """Copies a bundle into `root`, points to it and removes all but the `keep` served last; returns the version.
 
+    Args:
+        only_after: the version that must be served now; None: any. What was made from one version must not undo that
+            somebody has published another one, or gone back, meanwhile.
+
     Raises:
-        ValueError: no bundle or a damaged one; nothing has changed.
+        ValueError: no bundle or a damaged one, or (Overtaken) not after `only_after`; nothing has changed.
         OSError: the disk is full; nothing has changed.
     """
     if keep < 1:
@@ -41,6 +49,10 @@ def publish(root: pathlib.Path, bundle: pathlib.Path, *, keep: int) -> str:
     bundle, root = pathlib.Path(bundle), pathlib.Path(root)
     manifest = check_bundle(bundle)
     with _locked(root):
+        before = read_current(root)
+        served = "nothing" if before is None else before.version
+        if only_after is not None and served != only_after:
+            raise Overtaken(f"{root}: expected {only_after} to be served, found {served}; begin anew from that")
         number = 1 + max((int(path.name.split("-")[0]) for path in _versions(root)), default=0)
         version = f"{number:06d}-{manifest['sum'][:8]}"
         with files.write_folder(root / VERSIONS / version) as partial:
@@ -48,7 +60,6 @@ def publish(root: pathlib.Path, bundle: pathlib.Path, *, keep: int) -> str:
                 if path.is_file():
                     files.copy_file(path, partial / path.relative_to(bundle))
             check_bundle(partial)  # what was copied, not what was there before
-        before = read_current(root)
         _point(root, version, () if before is None else (*before.earlier, before.version))
         _remove_old(root, keep)
     return version
