@@ -81,7 +81,7 @@ def with_vectors(model: nn.Module, params: PyTree, tables: ItemTables) -> ItemTa
 
 @functools.partial(jax.jit, static_argnums=0)
 def _vectors(model: nn.Module, params: PyTree, tables: ItemTables) -> jax.Array:
-    return model.bind({"params": params}).items(tables)  # type: ignore[attr-defined, no-any-return]
+    return model.bind({"params": params}).items(tables)
 
 
 @functools.lru_cache(maxsize=8)
