@@ -331,6 +331,16 @@ def test_a_step_that_fails_keeps_no_other_from_its_turn(bundle_folder, storage, 
     assert all(0 < tried.count(step) < tried.count("trim") for step in ("donors", "training"))  # once a turn
 
 
+def test_two_runners_of_one_folder_are_one_too_many(storage, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    with runner.only_one(tmp_path / "root"):
+        with pytest.raises(ValueError, match=f"expected no other runner, found process {os.getpid()} on .*; stop it"):
+            runner.run(runner.Settings(tmp_path / "root"), storage, stop)
+        runner.run(runner.Settings(tmp_path / "other"), storage, stop)
+    runner.run(runner.Settings(tmp_path / "root"), storage, stop)
+
+
 def test_the_runner_runs_follows_and_stops(bundle_folder, storage, model, tmp_path):
     root, stop = tmp_path / "root", threading.Event()
     settings = runner.Settings(

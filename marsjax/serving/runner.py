@@ -3,13 +3,17 @@ that is built anew and swapped, and a training that goes on."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import functools
 import logging
+import os
 import pathlib
+import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -29,6 +33,7 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+LOCK = ".runner"
 PAUSE = 1.0  # seconds, after a failure and while nothing is published
 SIZE = 64  # users that are embedded at a time
 NOBODY = ""  # no user has this id; the store knows by its vector that a version has been seen
@@ -236,8 +241,39 @@ def _publish_lenders(root: pathlib.Path, storage: Storage, model: Model, lenders
     return renewed
 
 
+@contextlib.contextmanager
+def only_one(root: pathlib.Path) -> Iterator[None]:
+    """One runner of a folder at a time: two would share a name among the consumers of the stream, and a candidate. The
+    lock goes with the process that holds it.
+
+    Raises ValueError where another runner has it.
+    """
+    path = pathlib.Path(root) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{root}: expected no other runner, found {file.read() or 'one'}; stop it, or give another --root"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
 def run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
-    """Runs until `stop` is set. A step that fails is tried again at its next turn, and the others go on."""
+    """Runs until `stop` is set. A step that fails is tried again at its next turn, and the others go on.
+
+    Raises ValueError where another runner has this folder.
+    """
+    with only_one(settings.root):
+        _run(settings, storage, stop)
+
+
+def _run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
     root, turns = settings.root, Turns()
     model: Model | None = None
     joined: bool | None = False
