@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import pathlib
+import queue
 import shutil
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from marsjax import files
 from marsjax.records import LOW
 from marsjax.serving import bundle as serving
-from marsjax.serving import runner, scoring, service, snapshots, versions
+from marsjax.serving import engine, runner, scoring, service, snapshots, versions
 from marsjax.serving.storage import RUNNER, StorageError, open_storage
 
 
@@ -416,11 +417,29 @@ def test_tokens_guard_events_and_what_shows_users(client, monkeypatch, bundle):
         ("/v1/events", "POST", body, "eve"),
         ("/metrics", "GET", None, "adam"),
         ("/explain?user=u", "GET", None, "adam"),
+        ("/v1/augment", "POST", {"user": "u"}, "adam"),
     ):  # fmt: skip
         assert client.call(method, path, content, raw=True)[0] == 401
         assert client.call(method, path, content, {"authorization": "Bearer wrong"}, raw=True)[0] == 401
         assert client.call(method, path, content, {"authorization": f"Bearer {right}"}, raw=True)[0] in (200, 202)
     assert client.score(low_user(bundle), items(bundle, 1))["version"]
+
+
+def test_a_client_does_not_choose_whom_its_rate_is_counted_for(root, storage):
+    with serving_from(root, storage, rate=5.0) as client:
+        client.wait_ready()
+        body = {"user": "u", "candidates": ["i"]}
+        found = [client.post("/v1/score", body, **{"x-forwarded-for": f"10.0.0.{i}"})[0] for i in range(20)]
+        assert 429 in found
+
+
+def test_what_looks_up_alone_counts_in_what_waits():
+    nothing = np.zeros(0, np.int32)
+    profile = scoring.Profile(-1, nothing, nothing.astype(np.int8))
+    task = engine.Task(None, scoring.Row(profile, nothing), None, 0.0, 0.0)
+    made = engine.Engine.__new__(engine.Engine)  # without its thread: nothing is taken
+    made._tasks, made._most_rows, made._rows, made._lock = queue.SimpleQueue(), 3, 0, threading.Lock()
+    assert [made.submit(task) is not None for _ in range(5)] == [True, True, True, False, False]
 
 
 def test_other_addresses_than_loopback_need_tokens(monkeypatch):

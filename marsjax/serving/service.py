@@ -190,7 +190,9 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
             }
         )
 
-    @app.post("/v1/augment", response_model=AugmentResponse, responses=failures)
+    @app.post(
+        "/v1/augment", response_model=AugmentResponse, responses=failures | refused, dependencies=[Depends(may_look)]
+    )
     async def augment(request: AugmentRequest) -> Response:
         """A user's history and what the user borrows, for a CTR model of your own."""
         snapshot = state.ready()
@@ -411,6 +413,7 @@ def make_server(settings: Settings, storage: Storage) -> uvicorn.Server:
     config = uvicorn.Config(
         make_app(settings, storage), host=settings.host, port=settings.port, log_level="warning", access_log=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=10, server_header=False,
+        proxy_headers=False,  # X-Forwarded-For is whatever a client says, and would give each request a rate of its own
     )  # fmt: skip
     return uvicorn.Server(config)
 
