@@ -46,7 +46,7 @@ def test_the_page_of_findings_quotes_what_short_histories_tell(events):
 
 
 @pytest.mark.parametrize("method", ["base", "mars", "mars_short_posterior"])
-@pytest.mark.parametrize("features", ["plain", "encoded"])
+@pytest.mark.parametrize("features", ["plain", "encoded", "shuffled"])
 def test_the_page_of_features_quotes_the_committed_results(features, method):
     rows = {(r["method"], r["group"], r["metric"]): r for r in read(f"ml1m_sparse5_{features}")["rows"]}
     cells = [method]
