@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -19,6 +20,23 @@ from typing import Any, BinaryIO
 import numpy as np
 
 log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, *, held: str | None) -> Iterator[None]:
+    """Holds a file, which stays; the lock goes with the process, however that ends. A disk without locks is told of.
+
+    Args:
+        held: the message of the ValueError that is raised where another process holds it; None waits for that one.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if held is None else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ValueError(held) from error
+        except OSError as error:  # some network disks have no locks
+            log.warning("%s cannot be locked (%s): let no other process write there", path, error)
+        yield
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:

@@ -751,7 +751,8 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
         def score(params: PyTree, statistics: PyTree, row_R: np.ndarray) -> np.ndarray:
             evaluation = batches.evaluation_batches(events, shown, row_R, **gather)
             score_R = np.empty(len(row_R), np.float32)
-            score_R[evaluation.order_R] = objective.score(model, params, statistics, tables, evaluation.batches())
+            params, statistics, placed = jax.device_put((params, statistics, tables))
+            score_R[evaluation.order_R] = objective.score(model, params, statistics, placed, evaluation.batches())
             return score_R
 
         def evaluate(params: PyTree, statistics: PyTree) -> dict[str, float]:

@@ -9,8 +9,6 @@ replaced at once: the manifest tells of them and decides nothing.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import pathlib
@@ -100,7 +98,8 @@ def encode_items(
     content: dict[int, bytes] = {}  # item -> sha256 of its content, of items that have a vector
     broken: dict[str, str] = {}  # id -> reason
     missing = []
-    with _locked(folder / f".{modality}.lock"), journal.open("a+b") as file:
+    alone = f"{folder}: expected to be alone, found another process encoding the same; wait for it"
+    with files.locked(folder / f".{modality}.lock", held=alone), journal.open("a+b") as file:
         known = _Known(folder / f"{modality}.npz", facts_sha256)
         place = _mend(file, record)  # content -> record
         batch: dict[bytes, tuple[list[int], Any]] = {}
@@ -190,7 +189,7 @@ def encode_items(
         if cut_I.any():
             where = tuple(f"item {raw_id_I[item]}" for item in np.array(item_I)[cut_I][:SHOWN])
             problems += (Problem(f"long_{modality}", int(cut_I.sum()), "kept", where),)
-        with _locked(folder / ".manifest.lock", wait=True):  # other modalities may be at work
+        with files.locked(folder / ".manifest.lock", held=None):  # other modalities may be at work
             manifest = files.read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
             files.write_json(folder / MANIFEST, {**manifest, modality: entry})
         # Also what a kill left of results that were being written.
@@ -312,24 +311,6 @@ def _problems(
 def _sum(record: np.void) -> int:
     """Of all bytes of a record but the sum itself."""
     return zlib.crc32(record.tobytes()[:-4])
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds a file, which stays; the lock goes with the process, however that ends.
-
-    Raises ValueError where another process holds it, unless that is waited for.
-    """
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{path.parent}: expected to be alone, found another process encoding the same; wait for it"
-            ) from error
-        except OSError as error:  # some network disks have no locks
-            log.warning("%s cannot be locked (%s): let no other process write there", path.parent, error)
-        yield
 
 
 def _mend(file: BinaryIO, record: np.dtype) -> dict[bytes, int]:
