@@ -31,9 +31,12 @@ def locked(path: pathlib.Path, *, held: str | None) -> Iterator[None]:
     """
     with path.open("ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if held is None else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(held) from error
+            if held is not None:
+                raise ValueError(held) from error
+            log.info("waiting for another process, which holds %s", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # some network disks have no locks
             log.warning("%s cannot be locked (%s): let no other process write there", path, error)
         yield

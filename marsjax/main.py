@@ -40,7 +40,7 @@ COMMANDS = {
     "reproduce": Command("run the study (the paper's section 4 and more) and write the report",
                          "Writes report.html, report.md and cells/*.json. Cells that are finished are not run again; "
                          "each is every method for every seed, so a part can take hours.",
-                         ("quick", "parts", "methods")),
+                         ("quick", "parts", "methods", "processes")),
     "align": Command("train the aligned space; write item and user vectors",
                      "Writes one embeddings.npz a seed, with item_ND and user_UD."),
     "augment": Command("write what every low-active user borrows, as Parquet",
@@ -70,7 +70,8 @@ FLAG_HELP = {
     "output": "where to write (default: in --workdir; for score, beside the requests)",
     "quick": "a small version: some users, one seed, one epoch, few cells",
     "methods": "compare these alone, joined by commas, with the base (default: all)",
-    "parts": "run these alone, joined by commas: table1, table2_ids, sparse_strong, ... (default: all)",
+    "processes": "so many train side by side, each on its share of the processors; they share a GPU (default: 1)",
+    "parts": "run these alone, in this order, joined by commas: table1, table2_ids, sparse_strong, ... (default: all)",
     "bundle": "folder that `marsjax export` wrote",
     "root": "folder of published versions, and of what serving writes",
     "requests": 'JSON lines: {"user": ID, "items": [ID, ...]}, and if you like "history": [ID, ...] and "time": NUMBER',
@@ -170,6 +171,8 @@ def make_parser() -> argparse.ArgumentParser:
         for flag in command.flags:
             if flag == "quick":
                 sub.add_argument("--quick", action="store_true", help=FLAG_HELP[flag])
+            elif flag == "processes":
+                sub.add_argument("--processes", type=int, default=1, metavar="N", help=FLAG_HELP[flag])
             elif flag in ("parts", "methods"):
                 sub.add_argument(f"--{flag}", default="", metavar="NAMES", help=FLAG_HELP[flag])
             else:

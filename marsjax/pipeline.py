@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from marsjax import alignment, embeddings, files, retrieval, study
+from marsjax import alignment, embeddings, files, jobs, retrieval, study
 from marsjax.augmentation import baselines, mars, posterior, table, votes
 from marsjax.augmentation.donors import find_donors
 from marsjax.augmentation.methods import METHODS, Offer, Treatment, opinions
@@ -124,6 +124,50 @@ class Trained(NamedTuple):
     valid: Predictions
     params: PyTree
     statistics: PyTree
+    name: str  # of its stage
+
+
+class Shelf:
+    """The data of a study, and the last of them that were made ready for learning: the jobs of a cell follow one
+    another."""
+
+    def __init__(self, dataset: Dataset, *, users: int):
+        self.dataset = dataset
+        self._users = users  # data.sample_users, as the data are
+        self._last: tuple[str, Loaded] | None = None
+
+    def ready(self, config: ConfigDict) -> Loaded:
+        """The data as a cell asks for them. Raises ValueError where it asks for what they do not have."""
+        asked = of_learning(config) | {"evaluation": None, "seeds": None}
+        key = fingerprint(asked)
+        if self._last is None or self._last[0] != key:
+            dataset = self.dataset
+            if config.data.permute_labels:
+                dataset = permute_labels(dataset, seed=config.split.seed)
+            if config.data.sample_users != self._users:
+                dataset = sample_users(dataset, config.data.sample_users, seed=config.split.seed)
+            self._last = key, load(config, dataset)
+        return self._last[1]
+
+
+class PlannedCell(NamedTuple):
+    """A cell of a study, with all that it takes to run it."""
+
+    cell: study.Cell
+    config: ConfigDict
+    workdir: pathlib.Path
+    command: str
+    fingerprint: str  # of what goes in
+
+    @property
+    def path(self) -> pathlib.Path:
+        """Where its results are written."""
+        return self.workdir / "cells" / f"{self.cell.name}.json"
+
+    def known(self) -> dict[str, Any] | None:
+        """Its results, where they are there and of these data and this configuration."""
+        found = files.read_json(self.path) if self.path.exists() else {}
+        return found if found.get("fingerprint") == self.fingerprint else None
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -159,9 +203,13 @@ def reproduce(
     quick: bool = False,
     parts: str = "",
     methods: str = "",
+    processes: int = 1,
     command: str = "marsjax.pipeline.reproduce(config, workdir)",
 ) -> None:
-    """The paper's section 4 and more: report.html, report.md and a JSON a cell. What is finished is not run again."""
+    """The paper's section 4 and more: report.html, report.md and a JSON a cell. What is finished is not run again.
+
+    With `processes` above 1 so many train side by side.
+    """
     check(config)
     began, names = time.monotonic(), [name for name in parts.split(",") if name]
     plan = (study.quick if quick else study.full)(_methods(methods))
@@ -173,40 +221,38 @@ def reproduce(
     first = with_changes(config, study.QUICK if quick else {})
     dataset = read(first, workdir)
     tell(dataset.problems)
-    stages, sections = Stages(workdir), []
-
-    @functools.lru_cache(maxsize=1)
-    def permuted() -> Dataset:
-        return permute_labels(dataset, seed=config.split.seed)
-
+    shelf, stages, sections = Shelf(dataset, users=first.data.sample_users), Stages(workdir), []
+    planned = {cell.name: plan_cell(config, dataset, cell, workdir, command) for part in plan for cell in part.cells}
+    asked: dict[str, PlannedCell] = {}  # in the order in which they were asked for
+    for name in names or [part.name for part in plan]:
+        for part in plan:
+            for cell in part.cells:
+                if name in (part.name, cell.name) and planned[cell.name].known() is None:
+                    asked[cell.name] = planned[cell.name]
+    if processes > 1 and asked:
+        jobs.run(cell_jobs(list(asked.values())), shelf, processes=processes, logs=workdir / "logs")
     for part in plan:
-        asked = not names or part.name in names
         results: dict[str, Any] = {}
         refused: dict[str, str] = {}
         for cell in part.cells:
-            changed = with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
-            path = workdir / "cells" / f"{cell.name}.json"
-            tried = {name: dict(changes) for name, changes in cell.settings.items()}
-            key = fingerprint("cell", dataset.fingerprint, of_learning(changed), tried)
-            known = files.read_json(path) if path.exists() else {}
-            if known.get("fingerprint") != key and (asked or cell.name in names):
+            if cell.name in asked and planned[cell.name].known() is None:
                 try:
-                    loaded = load(changed, permuted() if changed.data.permute_labels else dataset)
+                    shelf.ready(planned[cell.name].config)
                 except ValueError as error:  # this cell asks of the data what they do not have
                     log.warning("%s cannot be run: %s", cell.name, error)
                     refused[cell.name] = str(error)
                     continue
-                found = run_cell(changed, stages, loaded, command=command, settings=cell.settings)
-                known = found | {"fingerprint": key}
-                files.write_json(path, known)
-            if known.get("fingerprint") == key:
+                finish_cell(shelf, planned[cell.name])
+            if (known := planned[cell.name].known()) is not None:
                 results[cell.name] = known
+                stages.commits |= set(known["commit"].split(", "))
         drawn: tuple[Any, ...] = ()
+        wanted = not names or part.name in names
         if part.kind == "statistics":
             drawn = (study_page.statistics_table(inspection.statistics(dataset, split(first, dataset))),)
-        elif part.kind == "features" and asked and dataset.items.modalities:
+        elif part.kind == "features" and wanted and dataset.items.modalities:
             drawn = evidence(Context(first, load(first, dataset), stages, first.seeds[0]))
-        elif part.kind == "cases" and asked:
+        elif part.kind == "cases" and wanted:
             drawn = cases(Context(first, load(first, dataset), stages, first.seeds[0]))
         sections.append(study_page.section(part, results, refused, drawn=drawn))
     facts = {
@@ -812,7 +858,20 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
         predictions_of(loaded, score_E, split=VALID),
         trained["params"],
         trained["statistics"],
+        f"{method}-seed{seed}",
     )
+
+
+def judge_stage(config: ConfigDict, stages: Stages, trained: Trained) -> report.Judged:
+    """Every metric of a training, and the resamples that it is compared by, which take longer than to load it."""
+    predictions, n_resamples = trained.predictions, config.evaluation.bootstrap
+    arrays = {name: value for name, value in predictions._asdict().items() if value is not None}
+    key = fingerprint("judged", files.digest_arrays(arrays), n_resamples)
+
+    def build(folder: pathlib.Path) -> None:
+        report.write_judged(folder / "judged.npz", report.judge(predictions, n_resamples=n_resamples))
+
+    return report.read_judged(stages(f"judged-{trained.name}", key, build) / "judged.npz")
 
 
 def run_cell(
@@ -831,19 +890,22 @@ def run_cell(
     began, before = time.monotonic(), stages.seconds_before
     trained: dict[str, list[Trained]] = {method: [] for method in config.evaluation.methods}
     searched = search(config, stages, loaded, settings) if settings else []
-    suited = {row["method"]: with_changes(config, row["changes"]) for row in searched if row["chosen"]}
+    suited = suit(searched, config)
     for seed in config.seeds:
         context = Context(config, loaded, stages, seed)
         donation = borrow(context)
         for method, runs in trained.items():
             runs.append(train_stage(context._replace(config=suited.get(method, config)), donation, method))
-    results = {method: [run.predictions for run in runs] for method, runs in trained.items()}
     valid = {method: [run.valid for run in runs] for method, runs in trained.items()}
-    if loaded.dataset.oracle_E is not None:
-        results["best_possible"] = [predictions_of(loaded, loaded.dataset.oracle_E)] * len(config.seeds)
     if config.split.sparse_fraction and "base" in trained:
-        results["full_history"] = full_history(config, stages, loaded)
-    evaluated = report.evaluate(results, n_resamples=config.evaluation.bootstrap, seed=0)
+        trained["full_history"] = full_history(config, stages, loaded)
+    results = {method: [run.predictions for run in runs] for method, runs in trained.items()}
+    judged = {method: [judge_stage(config, stages, run) for run in runs] for method, runs in trained.items()}
+    if loaded.dataset.oracle_E is not None:
+        oracle = predictions_of(loaded, loaded.dataset.oracle_E)
+        results["best_possible"] = [oracle] * len(config.seeds)
+        judged["best_possible"] = [report.judge(oracle, n_resamples=config.evaluation.bootstrap)] * len(config.seeds)
+    evaluated = report.combine(judged)
     rows = report.quality_rows(
         evaluated, dataset=dataset_name(config, loaded), inputs=config.ctr.inputs, split=config.split.kind
     )
@@ -869,6 +931,67 @@ def run_cell(
         "by_length": report.length_rows(results, loaded.rows.train_length_U),
         "config": of_learning(config),
     }
+
+
+def plan_cell(
+    config: ConfigDict, dataset: Dataset, cell: study.Cell, workdir: pathlib.Path, command: str
+) -> PlannedCell:
+    """A cell with its configuration."""
+    changed = with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
+    tried = {name: dict(changes) for name, changes in cell.settings.items()}
+    key = fingerprint("cell", dataset.fingerprint, of_learning(changed), tried)
+    return PlannedCell(cell._replace(settings=tried, changes=dict(cell.changes)), changed, workdir, command, key)
+
+
+def cell_jobs(cells: Sequence[PlannedCell], *, together: int = 4) -> dict[jobs.Name, jobs.Job]:
+    """What runs cells in parts that can be done side by side, the first cell first.
+
+    Of a cell and seed, what all its methods share comes first, with the base, and then its methods, `together` at a
+    time. Where each method has the setting that suits it, the first seed finds it.
+    """
+    made: dict[jobs.Name, jobs.Job] = {}
+    for planned in cells:
+        config, name = planned.config, planned.cell.name
+        methods = [method for method in config.evaluation.methods if method != "base"]
+        for seed in config.seeds:
+            shared = (name, seed, "shared")
+            made[shared] = jobs.Job(train_some, (planned, seed, ("base",), config.split.sparse_fraction > 0))
+            for i in range(0, len(methods), together):
+                some = tuple(methods[i : i + together])
+                suited = planned.cell.settings and seed != config.seeds[0]
+                after = (shared, (name, config.seeds[0], some[0])) if suited else (shared,)
+                made[name, seed, some[0]] = jobs.Job(train_some, (planned, seed, some, False), after)
+        of_cell = tuple(job for job in made if job[0] == name)
+        made[name, "report"] = jobs.Job(finish_cell, (planned,), of_cell)
+    return made
+
+
+def train_some(shelf: Shelf, planned: PlannedCell, seed: int, methods: Sequence[str], ceiling: bool) -> None:
+    """Some methods of a cell for one seed; with `ceiling` also the model of sparse users' whole histories."""
+    config, stages, loaded = planned.config, Stages(planned.workdir), shelf.ready(planned.config)
+    some = with_changes(config, {"evaluation.methods": ",".join(methods)})
+    suited = suit(search(some, stages, loaded, planned.cell.settings), some) if planned.cell.settings else {}
+    donation = borrow(Context(config, loaded, stages, seed))
+    for method in methods:
+        context = Context(suited.get(method, config), loaded, stages, seed)
+        judge_stage(config, stages, train_stage(context, donation, method))
+    if ceiling:
+        (best,) = full_history(with_changes(config, {"seeds": str(seed)}), stages, loaded)
+        judge_stage(config, stages, best)
+
+
+def finish_cell(shelf: Shelf, planned: PlannedCell) -> None:
+    """Writes the results of a cell; what is not trained yet is trained."""
+    found = run_cell(
+        planned.config, Stages(planned.workdir), shelf.ready(planned.config), command=planned.command,
+        settings=planned.cell.settings,
+    )  # fmt: skip
+    files.write_json(planned.path, found | {"fingerprint": planned.fingerprint})
+
+
+def suit(searched: Sequence[Mapping[str, Any]], config: ConfigDict) -> dict[str, ConfigDict]:
+    """The configuration of each method with the setting that a search chose for it."""
+    return {row["method"]: with_changes(config, row["changes"]) for row in searched if row["chosen"]}
 
 
 def search(
@@ -897,7 +1020,7 @@ def search(
     return rows
 
 
-def full_history(config: ConfigDict, stages: Stages, loaded: Loaded) -> list[Predictions]:
+def full_history(config: ConfigDict, stages: Stages, loaded: Loaded) -> list[Trained]:
     """The ceiling of sparse users: the base model with whole histories, on the same rows."""
     # How many events sparse users keep changes nothing here: told as by default, it is one stage for all of them.
     whole = with_changes(config, {"split.sparse_fraction": "0", "split.sparse_events": "5"})
@@ -906,7 +1029,8 @@ def full_history(config: ConfigDict, stages: Stages, loaded: Loaded) -> list[Pre
     out = []
     for seed in whole.seeds:
         context = Context(whole, full, stages, seed)
-        out.append(train_stage(context, None, "base").predictions._replace(group_B=group_B))
+        trained = train_stage(context, None, "base")
+        out.append(trained._replace(predictions=trained.predictions._replace(group_B=group_B)))
     return out
 
 

@@ -36,10 +36,7 @@ class Stages:
         `fingerprint` covers the configuration and the data that the stage reads, not the code: another one is another
         folder, so nothing is overwritten. A stage that was interrupted is built again into the same folder, where
         `build` may find checkpoints to continue from. A finished stage whose files no longer match their sums is built
-        again.
-
-        Raises:
-            ValueError: another process is building the stage.
+        again. Where another process is building the stage, it is waited for.
         """
         folder = self.workdir / "stages" / f"{name}-{fingerprint[:12]}"
         seal = _seal(folder)
@@ -80,11 +77,7 @@ class Stages:
 
 def _alone(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
     """Holds the lock of a stage."""
-    return files.locked(
-        folder.parent / f".{folder.name}.lock",
-        held=f"{folder}: expected to be alone, found another process building this stage; wait for it, or use another "
-        "--workdir",
-    )
+    return files.locked(folder.parent / f".{folder.name}.lock", held=None)
 
 
 def _results(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -91,7 +92,7 @@ def test_finished_stages_are_skipped_and_others_are_not(workdir, caplog):
     assert caplog.text.count("already done, skipped") >= 6
     pipeline.run(small_config(**{"augmentation.theta_quantile": "0.25", "evaluation.methods": "base,mars"}), workdir)
     new = set(stages(workdir)) - set(before)
-    assert {name.split("-")[0] for name in new} == {"augmentation", "mars"}
+    assert {name.split("-")[0] for name in new} == {"augmentation", "mars", "judged"}
 
 
 def test_a_stage_whose_file_changed_is_built_again(workdir, caplog):
@@ -316,13 +317,23 @@ def test_checkpoints_are_kept_until_the_stage_is_sealed(tmp_path, monkeypatch):
     assert not (folder / "checkpoints").exists()
 
 
-def test_two_processes_never_build_one_stage(tmp_path):
-    def build(folder):
-        with pytest.raises(ValueError, match="another process building this stage"):
-            Stages(tmp_path)("a", "0" * 64, lambda folder: None)
+def test_two_processes_never_build_one_stage(tmp_path, caplog):
+    """The second waits for the first, and uses what that made."""
+    caplog.set_level(logging.INFO)
+    built, begun = [], threading.Event()
 
-    Stages(tmp_path)("a", "0" * 64, build)
-    Stages(tmp_path)("a", "0" * 64, build)  # the lock went with the first
+    def build(folder):
+        begun.set()
+        time.sleep(0.5)
+        built.append(folder)
+
+    first = threading.Thread(target=lambda: Stages(tmp_path)("a", "0" * 64, build))
+    first.start()
+    begun.wait()
+    assert Stages(tmp_path)("a", "0" * 64, build) == built[0]
+    first.join()
+    assert len(built) == 1
+    assert "waiting for another process" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["cap", "format", "sum", "counts"])
@@ -498,6 +509,7 @@ def test_presets_differ_in_exactly_these_values():
 
 KILLED = """
 import sys
+import threading
 from marsjax.configuration import override
 from marsjax.defaults import default_config
 from marsjax import pipeline

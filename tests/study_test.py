@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from marsjax import pipeline, study
+from marsjax import jobs, pipeline, study
 from marsjax.augmentation.methods import METHODS
 from marsjax.configuration import load_config
 from marsjax.data import batches
@@ -127,6 +127,31 @@ def test_reproduce_writes_a_report_and_runs_nothing_twice(config, tmp_path, monk
     pipeline.reproduce(config, tmp_path, parts="table1,few,sparse")
 
 
+def test_side_by_side_is_as_one_after_the_other(config, tmp_path, monkeypatch):
+    changes = {"ctr.inputs": "strong", "split.sparse_fraction": "0.3", "split.sparse_events": "3"}
+    cells = (
+        study.Cell("few", "few", ("base", "mars_vote"), changes),
+        study.Cell("suited", "suited", ("base", "mars"), {}, None, {"one": {}, "other": {"ctr.learning_rate": "0.01"}}),
+        study.Cell("never", "never", ("base",), {"split.sparse_fraction": "0.3", "split.sparse_events": "1000"}),
+    )
+    plan = (study.Part("few", "Methods", "methods", "Few.", cells),)
+    monkeypatch.setattr(study, "full", lambda known: plan)
+    config.unlock()
+    config.ctr.epochs, config.evaluation.bootstrap, config.alignment.epochs, config.seeds = 1, 20, 0.2, (0, 1)
+    pipeline.reproduce(config, tmp_path / "two", processes=2)
+    assert "never: cannot be run on these data" in (tmp_path / "two" / "report.md").read_text()
+    with monkeypatch.context() as none_left:
+        none_left.setattr(jobs, "run", lambda *_, **__: pytest.fail("a finished cell was run again"))
+        none_left.setattr(pipeline, "train_stage", lambda *_: pytest.fail("a finished stage was run again"))
+        pipeline.reproduce(config, tmp_path / "two", parts="suited", processes=2)
+    pipeline.reproduce(config, tmp_path / "one")
+    for name in ("few", "suited"):
+        one, two = (json.loads((tmp_path / folder / "cells" / f"{name}.json").read_text()) for folder in ("one", "two"))
+        assert {key: two[key] for key in ("rows", "comparisons", "search", "validation", "by_length")} == {
+            key: one[key] for key in ("rows", "comparisons", "search", "validation", "by_length")
+        }
+
+
 def test_a_search_chooses_on_validation_rows_and_trains_all_seeds_with_that(config, tmp_path, monkeypatch):
     """With a training that only draws scores: the better, the nearer the epochs are to what suits the method."""
     config.unlock()
@@ -145,7 +170,7 @@ def test_a_search_chooses_on_validation_rows_and_trains_all_seeds_with_that(conf
     def train_stage(context, donation, method):
         asked.append((method, context.config.ctr.epochs, context.seed))
         valid, test = (drawn(*asked[-1][:2], 10 * number + context.seed) for number in (1, 2))
-        return pipeline.Trained(test, valid, None, None)
+        return pipeline.Trained(test, valid, None, None, "drawn")
 
     monkeypatch.setattr(pipeline, "train_stage", train_stage)
     monkeypatch.setattr(pipeline, "borrow", lambda context: None)
@@ -225,7 +250,7 @@ def test_a_cell_with_a_modality_that_the_data_lack_is_refused_and_the_rest_runs(
     dataset = make_synthetic(**pipeline.to_json(config.data.synthetic))
     text_only = dataset.items._replace(modalities={"text": dataset.items.modalities["text"]})
     monkeypatch.setitem(pipeline.SOURCES, "synthetic", lambda data, made: dataset._replace(items=text_only))
-    monkeypatch.setattr(pipeline, "run_cell", lambda *_, **__: {"rows": [], "comparisons": []})
+    monkeypatch.setattr(pipeline, "run_cell", lambda *_, **__: {"rows": [], "comparisons": [], "commit": "c"})
     cells = tuple(study.Cell(name, name, ("base",), {"alignment.modalities": name}) for name in ("text", "image"))
     monkeypatch.setattr(study, "full", lambda known: (study.Part("table3", "Table 3", "statistics", "Parts.", cells),))
     config.alignment.modalities = ("text",)

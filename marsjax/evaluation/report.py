@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from marsjax import files
 from marsjax.evaluation.metrics import auc, relative_improvement, summarise
 from marsjax.evaluation.significance import bootstrap, draw_users, holm, interval, t_test_paired
 from marsjax.records import GROUP_NAMES, LOW, NEW, Predictions
@@ -23,15 +25,74 @@ SHORT_COLUMNS = (("auc", "low"), ("gauc", "low"), ("auc", "all"))  # fit a scree
 Key = tuple[str, str, str]  # method, group, metric
 
 
+class Judged(NamedTuple):
+    """Every metric of one training on its test rows; a group without rows was not drawn."""
+
+    value: Mapping[str, Mapping[str, float]]  # group -> metric -> value, nan where undefined
+    drawn: Mapping[str, np.ndarray]  # group -> [len(COMPARED), R] float64, see `significance.bootstrap`
+
+
 class Evaluation(NamedTuple):
     """Every metric of every method and group; the group of new users is left out where nobody is new."""
 
     value_S: Mapping[Key, list[float]]  # one a seed, nan where undefined
-    drawn_R: Mapping[Key, np.ndarray]  # of COMPARED in groups with rows: [R], see `significance.bootstrap`
+    drawn_R: Mapping[Key, np.ndarray]  # means over seeds of COMPARED in groups with rows: [R]
+
+
+def judge(predictions: Predictions, *, n_resamples: int = 1000, seed: int = 0) -> Judged:
+    """Metrics of one training, and the compared ones for resampled users: the same users for all trainings that are
+    judged on the same rows with the same `n_resamples` and `seed`."""
+    drawn = {}
+    for number, group in enumerate(("all", *GROUP_NAMES), start=-1):
+        keep_B = predictions.group_B == number if number >= 0 else np.ones(len(predictions.user_B), bool)
+        if not keep_B.any():
+            continue
+        user_names, user_B = np.unique(predictions.user_B[keep_B], return_inverse=True)
+        count_RU = draw_users(len(user_names), n_resamples=n_resamples, seed=seed)
+        drawn[group] = np.stack([
+            bootstrap(user_B, predictions.label_B[keep_B], predictions.score_B[None, keep_B], count_RU, metric=metric)
+            for metric in COMPARED
+        ])  # fmt: skip
+    return Judged(summarise(predictions), drawn)
+
+
+def write_judged(path: pathlib.Path, judged: Judged) -> None:
+    """Writes what `read_judged` reads."""
+    metrics = list(next(iter(judged.value.values())))
+    value_GM = np.array([[of_group[metric] for metric in metrics] for of_group in judged.value.values()])
+    drawn = {f"drawn_{group}": drawn_MR for group, drawn_MR in judged.drawn.items()}
+    files.write_arrays(path, groups=np.array(list(judged.value)), metrics=np.array(metrics), value_GM=value_GM, **drawn)
+
+
+def read_judged(path: pathlib.Path) -> Judged:
+    """What `write_judged` wrote."""
+    with np.load(path) as arrays:
+        groups, metrics = arrays["groups"].tolist(), arrays["metrics"].tolist()
+        value = {
+            group: dict(zip(metrics, value_M.tolist(), strict=True))
+            for group, value_M in zip(groups, arrays["value_GM"], strict=True)
+        }
+        return Judged(value, {group: arrays[f"drawn_{group}"] for group in groups if f"drawn_{group}" in arrays})
+
+
+def combine(judged: Mapping[str, Sequence[Judged]]) -> Evaluation:
+    """The seeds of each method, judged on the same rows and resamples, put together."""
+    groups = [group for group in ("all", *GROUP_NAMES) if group != GROUP_NAMES[NEW]]
+    groups += [GROUP_NAMES[NEW]] if GROUP_NAMES[NEW] in next(iter(judged.values()))[0].drawn else []
+    value_S: dict[Key, list[float]] = {}
+    drawn_R: dict[Key, np.ndarray] = {}
+    for method, seeds in judged.items():
+        for group in groups:
+            for metric in seeds[0].value[group]:
+                value_S[method, group, metric] = [float(one.value[group][metric]) for one in seeds]
+            if group in seeds[0].drawn:
+                mean_MR = np.mean([one.drawn[group] for one in seeds], axis=0)
+                drawn_R |= {(method, group, metric): mean_MR[number] for number, metric in enumerate(COMPARED)}
+    return Evaluation(value_S, drawn_R)
 
 
 def evaluate(results: Mapping[str, Sequence[Predictions]], *, n_resamples: int = 1000, seed: int = 0) -> Evaluation:
-    """Metrics of each method's seeds, and their means over seeds for resampled users, the same users for all methods.
+    """Judges each method's seeds and puts them together.
 
     Raises:
         ValueError: two predictions are not on the same rows.
@@ -44,29 +105,10 @@ def evaluate(results: Mapping[str, Sequence[Predictions]], *, n_resamples: int =
             )
             if not same:
                 raise ValueError(f"{method}: expected predictions on the same rows as the other methods, found others")
-    member_B = {"all": np.ones(len(first.user_B), bool)}
-    member_B |= {group: first.group_B == number for number, group in enumerate(GROUP_NAMES)}
-    if not member_B[GROUP_NAMES[NEW]].any():
-        del member_B[GROUP_NAMES[NEW]]
-    value_S = {}
-    for method, seeds in results.items():
-        summaries = [summarise(predictions) for predictions in seeds]
-        for group in member_B:
-            for metric in summaries[0][group]:
-                value_S[method, group, metric] = [summary[group][metric] for summary in summaries]
-    drawn_R = {}
-    for group, keep_B in member_B.items():
-        if not keep_B.any() or len(results) == 1:  # nobody, or nothing to compare with
-            continue
-        user_names, user_B = np.unique(first.user_B[keep_B], return_inverse=True)
-        count_RU = draw_users(len(user_names), n_resamples=n_resamples, seed=seed)
-        for method, seeds in results.items():
-            score_SB = np.stack([predictions.score_B[keep_B] for predictions in seeds])
-            for metric in COMPARED:
-                drawn_R[method, group, metric] = bootstrap(
-                    user_B, first.label_B[keep_B], score_SB, count_RU, metric=metric
-                )
-    return Evaluation(value_S, drawn_R)
+    return combine({
+        method: [judge(predictions, n_resamples=n_resamples, seed=seed) for predictions in seeds]
+        for method, seeds in results.items()
+    })  # fmt: skip
 
 
 def quality_rows(

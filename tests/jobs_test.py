@@ -1,0 +1,105 @@
+"""Jobs side by side: in order, each once, failures told and not spread further than they must."""
+
+import os
+import pathlib
+import time
+
+import pytest
+
+from marsjax import jobs
+from marsjax.jobs import Job
+
+
+def note(folder, name, seconds=0.0):
+    (folder / f"{name}.begun").touch()
+    time.sleep(seconds)
+    (folder / f"{name}.done").touch(exist_ok=False)
+
+
+def note_after(folder, name, *others):
+    assert all((folder / f"{other}.done").exists() for other in others)
+    note(folder, name)
+
+
+def note_beside(folder, name, other):
+    """Ends once the other one has begun."""
+    (folder / f"{name}.begun").touch()
+    for _ in range(600):
+        if (folder / f"{other}.begun").exists():
+            note(folder, name)
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"{other} did not begin")
+
+
+def fail(folder, text):
+    raise ValueError(text)
+
+
+def die(folder):
+    os._exit(9)
+
+
+def interrupt(folder):
+    raise KeyboardInterrupt
+
+
+def names(folder):
+    return sorted(path.stem for path in folder.glob("*.done"))
+
+
+def test_each_job_is_done_once_after_what_it_waits_for_and_beside_the_others(tmp_path):
+    work = {
+        ("last",): Job(note_after, ("last", "a", "b"), (("a",), ("b",))),
+        ("a",): Job(note_beside, ("a", "b")),
+        ("b",): Job(note_beside, ("b", "a")),
+        ("c", 1): Job(note, ("c",)),
+    }
+    assert jobs.run(work, tmp_path, processes=2, logs=tmp_path / "logs") == {}
+    assert names(tmp_path) == ["a", "b", "c", "last"]
+    assert len(list((tmp_path / "logs").iterdir())) == 2
+
+
+def test_what_fails_is_told_and_what_waits_for_it_is_left(tmp_path, caplog):
+    work = {
+        ("bad",): Job(fail, ("no such thing",)),
+        ("after",): Job(note, ("after",), (("bad",),)),
+        ("after that",): Job(note, ("after that",), (("after",),)),
+        ("other",): Job(note, ("other",)),
+    }
+    failed = jobs.run(work, tmp_path, processes=1, logs=tmp_path / "logs")
+    assert set(failed) == {("bad",), ("after",), ("after that",)}
+    assert {str(error) for error in failed.values()} == {"no such thing"}
+    assert names(tmp_path) == ["other"]
+    assert "bad failed: no such thing" in caplog.text
+
+
+def test_a_process_that_is_killed_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(OSError, match="one of 2 processes was killed.*fewer --processes"):
+        jobs.run({("a",): Job(die, ())}, tmp_path, processes=2, logs=tmp_path / "logs")
+
+
+def test_jobs_that_wait_for_none_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="found waiting for .*nobody"):
+        jobs.run({("a",): Job(note, ("a",), (("nobody",),))}, tmp_path, processes=2, logs=tmp_path / "logs")
+
+
+@pytest.mark.parametrize(("cores", "processes"), [(2, 2), (2, 5), (16, 3), (3, 1)])
+def test_all_processors_are_shared_out(cores, processes):
+    shares = jobs.shares(list(range(10, 10 + cores)), processes)
+    assert len(shares) == processes
+    assert all(shares)
+    assert {core for share in shares for core in share} == set(range(10, 10 + cores))
+    if processes <= cores:
+        assert sum(map(len, shares)) == cores
+
+
+def test_a_process_has_its_share_and_its_log(tmp_path):
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("this system pins no process")
+    assert jobs.run({("a",): Job(write_affinity, ())}, tmp_path, processes=1, logs=tmp_path / "logs") == {}
+    assert (tmp_path / "affinity").read_text() == str(sorted(os.sched_getaffinity(0)))
+
+
+def write_affinity(folder: pathlib.Path) -> None:
+    (folder / "affinity").write_text(str(sorted(os.sched_getaffinity(0))))
