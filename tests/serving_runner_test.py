@@ -277,6 +277,24 @@ def test_a_history_that_cannot_be_read_costs_no_other_user_anything(storage, mod
     assert f"user {donors[0]}: the history in the store counts as none" in caplog.text
 
 
+def test_an_event_that_was_sent_again_is_trained_on_once(storage, model, bundle_folder, tmp_path, monkeypatch):
+    root, trained = tmp_path / "root", []
+    version = versions.publish(root, bundle_folder, keep=5)
+    make_rows = continuation.make_rows
+
+    def seen(bundle, storage, events, **named):
+        trained.append(events)
+        return make_rows(bundle, storage, events, **named)
+
+    monkeypatch.setattr(continuation, "make_rows", seen)
+    events = make_events(model.bundle, 30)
+    send(storage, [*events, *events[5:25]])
+    consume(storage, model)
+    settings = continuation.Settings(least_events=10)
+    continuation.continue_training(root, storage, version, model.bundle, settings, embed=embed(model), keep=5)
+    assert trained[0] == [event for event in events if not continuation.is_held_out(event.id, settings.held_out)]
+
+
 def test_events_that_no_training_survives_are_given_up(storage, model, bundle_folder, tmp_path, caplog, monkeypatch):
     root = tmp_path / "root"
     version = versions.publish(root, bundle_folder, keep=5)

@@ -250,6 +250,21 @@ def test_redis_stopped_and_started_again_has_lost_nothing(redis_server):
     storage.close()
 
 
+def test_an_append_may_take_longer_than_a_look_up(redis_server):
+    import redis
+
+    storage = open_storage(redis_server.url, timeout=0.05, ttl=1.0, append_timeout=10.0)
+    storage.join(RUNNER)
+    before = storage.backlog(RUNNER)
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.client_pause(1500)  # as a disk that is busy
+        with pytest.raises(StorageError, match="Timeout"):
+            storage.lookup("u", "v")
+        storage.append([b"slow"])
+    assert storage.backlog(RUNNER) == before + 1
+    storage.close()
+
+
 def test_values_of_redis_expire(redis_server):
     storage = open_storage(redis_server.url, timeout=5.0, ttl=1.0)
     storage.write_vectors("v9", {"u": b"x"}, [])
