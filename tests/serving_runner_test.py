@@ -124,6 +124,20 @@ def test_a_new_version_gets_vectors_of_its_own(storage, model, bundle_folder, tm
     runner.embed_changed(storage, followed, count=100)
     assert all(storage.lookup(user, second)[1] for user in users)
     assert all(storage.lookup(user, first)[1] for user in users)  # the service may still answer with it
+    assert runner.follow(root, storage, None).version == second
+    assert storage.changed(100) == []  # only started again
+    # Going back is no different: who changed since has no vector of that version.
+    send(storage, [Event("since", users[0], name(model, 1), 1.0, 10**7)])
+    consume(storage, followed)
+    runner.embed_changed(storage, followed, count=100)
+    assert versions.rollback(root) == first
+    followed = runner.follow(root, storage, followed)
+    assert {change.user for change in storage.changed(100)} == set(users)
+    runner.embed_changed(storage, followed, count=100)
+    history, vector = storage.lookup(users[0], first)
+    width = len(model.bundle.lenders.centre_D)
+    assert decode_vector(vector, width=width).history == digest(history)
+    assert storage.lookup(users[0], second)[1] is not None  # the service may still answer with it
 
 
 def test_donors_who_went_on_lend_what_they_did_since(storage, model):

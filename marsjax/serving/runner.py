@@ -36,7 +36,8 @@ T = TypeVar("T")
 LOCK = ".runner"
 PAUSE = 1.0  # seconds, after a failure and while nothing is published
 SIZE = 64  # users that are embedded at a time
-NOBODY = ""  # no user has this id; the store knows by its vector that a version has been seen
+# No user has this id and no version this name: what the store has there is the version whose vectors it was told to make.
+NOBODY, FOLLOWED = "", "followed"
 
 
 class Settings(NamedTuple):
@@ -186,15 +187,19 @@ def follow(root: pathlib.Path, storage: Storage, model: Model | None) -> Model |
     if current is None or (model is not None and model.version == current.version):
         return model
     bundle = load_bundle(versions.folder_of(root, current.version))
-    if storage.lookup(NOBODY, current.version)[1] is None:  # else this runner was only started again
+    made = Model(current.version, bundle, load_encoder(bundle))  # whole, before anything is marked for it
+    name = storage.lookup(NOBODY, FOLLOWED)[1] or b""
+    # Else this runner was only started again. A version that was followed before does not do: who changed since has a
+    # vector of the version that came between.
+    if name != current.version.encode():
         storage.touch_all()
-        storage.write_vectors(current.version, {NOBODY: b"touched"}, [])
-    # The service may still answer with the version before.
-    storage.forget_versions([current.version, *current.earlier[-1:]])
+        storage.write_vectors(FOLLOWED, {NOBODY: current.version.encode()}, [])
+    # The service may still answer with the version before, and go back to the one that was published before.
+    storage.forget_versions([FOLLOWED, current.version, *current.earlier[-1:], name.decode()])
     log.info(
         "version %s: %d users, %d donors", current.version, len(bundle.users.raw_user_U), len(bundle.lenders.mark_PL)
     )
-    return Model(current.version, bundle, load_encoder(bundle))
+    return made
 
 
 class Turns:
