@@ -19,7 +19,7 @@ from marsjax.records import LOW
 from marsjax.serving import bundle as serving
 from marsjax.serving import continuation, lending, people, runner, scoring, snapshots, versions
 from marsjax.serving.events import Event, decode_history, encode_event
-from marsjax.serving.storage import RUNNER, TRAINER, open_storage
+from marsjax.serving.storage import RUNNER, TRAINER, StorageError, open_storage
 from marsjax.serving.vectors import decode_vector, digest
 
 
@@ -105,6 +105,24 @@ def test_garbage_and_what_is_never_acknowledged_become_dead_letters(storage, mod
     consume(storage, model)
     assert "handed out 12 times" in storage.dead_letters(1)[0].reason
     assert storage.backlog(RUNNER) == 0
+
+
+def test_a_store_that_refuses_makes_no_dead_letters(storage, model, monkeypatch, caplog):
+    """However often: what a healthy event has met is a full disk."""
+    (event,) = make_events(model.bundle, 1)
+    send(storage, [event])
+    storage.append([b"garbage"])
+    say = {"count": 50, "wait": 0.0, "most_deliveries": 3, "refused": set()}
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "apply", lambda *_, **__: (_ for _ in ()).throw(StorageError("full")))
+        for _ in range(9):
+            with pytest.raises(StorageError):
+                runner.consume(storage, model.bundle, **say)
+    while runner.consume(storage, model.bundle, **say):
+        pass
+    assert [letter.data for letter in storage.dead_letters(10)] == [b"garbage"]
+    assert event.id in {entry.id for entry in decode_history(storage.histories([event.user])[0])}
+    assert say["refused"] == set()
 
 
 def test_a_new_version_gets_vectors_of_its_own(storage, model, bundle_folder, tmp_path):

@@ -168,6 +168,23 @@ def test_events_have_their_effect_once(opened):
     assert history(storage, "u") == ["e1", "e2", "e3"]
 
 
+def test_a_history_that_cannot_be_read_begins_anew(opened):
+    storage = opened()
+    apply(storage, [], {"u": [entry(1)]})
+    spoil(storage, "u")
+    apply(storage, [], {"u": [entry(2)]}, seed=lambda user: [entry(0)])
+    assert history(storage, "u") == ["e0", "e2"]
+
+
+def spoil(storage, user):
+    """Writes nonsense where the history of a user is."""
+    if hasattr(storage, "_redis"):
+        storage._redis.set(f"marsjax:history:{user}", b"nonsense")
+        return
+    with storage._writing() as connection:
+        connection.execute("UPDATE histories SET data = ? WHERE user = ?", (b"nonsense", user))
+
+
 def test_dead_letters_are_kept_and_acknowledged(opened):
     storage = opened()
     storage.join(RUNNER)

@@ -16,7 +16,7 @@ from typing import Any
 
 import redis
 
-from marsjax.serving.events import Entry, decode_history, encode_history, merge
+from marsjax.serving.events import Entry, encode_history, merge, read_history
 from marsjax.serving.storage import ALONE, TRAINER, Changed, Dead, Message, StorageError
 
 STREAM, DEAD, CHANGED, STAMPS = "marsjax:events", "marsjax:dead", "marsjax:changed", "marsjax:stamps"
@@ -143,7 +143,8 @@ class RedisStorage:
                         found = []
                     pipe.multi()
                     for user, before in zip(users, found, strict=True):
-                        known = tuple(seed(user)) if before is None else decode_history(before)
+                        known = read_history(before, user)
+                        known = tuple(seed(user)) if known is None else known
                         data = encode_history(merge(known, entries[user], cap=cap))
                         pipe.set(HISTORY + user, data, ex=self._ttl)
                         if data != before:

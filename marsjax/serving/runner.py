@@ -64,17 +64,27 @@ class Model(NamedTuple):
     encoder: Encoder
 
 
-def consume(storage: Storage, bundle: Bundle, *, count: int, wait: float, most_deliveries: int) -> int:
+def consume(
+    storage: Storage,
+    bundle: Bundle,
+    *,
+    count: int,
+    wait: float,
+    most_deliveries: int,
+    refused: set[str] | None = None,
+) -> int:
     """Takes events from the stream into the histories of their users; returns how many messages are done with.
 
     What is no event becomes a dead letter, and so does what was handed out too often without being acknowledged.
+    `refused` is kept between calls: messages that the store refused to be done with, which says nothing against them.
     """
+    refused = set() if refused is None else refused
     messages = storage.read(RUNNER, count=count, wait=wait)
     entries: dict[str, list[Entry]] = {}
     dead, done = [], []
     for message in messages:
         try:
-            if message.deliveries > most_deliveries:
+            if message.deliveries > most_deliveries and message.id not in refused:
                 raise ValueError(f"handed out {message.deliveries} times and never acknowledged")
             event = decode_event(message.data)
         except ValueError as error:
@@ -83,9 +93,14 @@ def consume(storage: Storage, bundle: Bundle, *, count: int, wait: float, most_d
         entries.setdefault(event.user, []).append(Entry(event.time, event.id, event.item, event.label))
         done.append(message.id)
     if messages:
-        storage.apply(
-            RUNNER, entries, done, cap=_cap(bundle), seed=lambda user: people.seed_entries(bundle, user), dead=dead
-        )
+        try:
+            storage.apply(
+                RUNNER, entries, done, cap=_cap(bundle), seed=lambda user: people.seed_entries(bundle, user), dead=dead
+            )
+        except StorageError:
+            refused.update(message.id for message in messages)
+            raise
+        refused.difference_update(message.id for message in messages)
     return len(messages)
 
 
@@ -286,6 +301,7 @@ def _run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
     told_at = time.monotonic()
     rebuilt = datetime.date.today()
     events = vectors = 0
+    refused: set[str] = set()
     while not stop.is_set():
         if turns.failed:
             stop.wait(PAUSE)
@@ -303,7 +319,7 @@ def _run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
             continue
         taken = turns.attempt(
             "events", consume, storage, model.bundle,
-            count=settings.batch, wait=settings.wait, most_deliveries=settings.most_deliveries,
+            count=settings.batch, wait=settings.wait, most_deliveries=settings.most_deliveries, refused=refused,
         )  # fmt: skip
         made = turns.attempt("vectors", embed_changed, storage, model, count=settings.batch)
         events, vectors = events + (taken or 0), vectors + (made or 0)

@@ -73,7 +73,8 @@ class Storage(Protocol):
         dead: Sequence[Dead] = (),
     ) -> None:
         """Merges entries into the histories of their users, marks these as changed, keeps dead letters, and
-        acknowledges `done` (with the dead), all or nothing. `seed` gives the history of a user who has none here."""
+        acknowledges `done` (with the dead), all or nothing. `seed` gives the history of a user who has none here, or
+        one that cannot be read."""
 
     def lookup(self, user: str, version: str) -> tuple[bytes | None, bytes | None]:
         """History and vector of a user; the vector is of this model version or None."""
