@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from marsjax import files
 from marsjax.records import LOW
 from marsjax.serving import bundle as serving
-from marsjax.serving import runner, scoring, service, snapshots, versions
+from marsjax.serving import engine, runner, scoring, service, snapshots, versions
 from marsjax.serving.storage import RUNNER, StorageError, open_storage
 
 
@@ -252,6 +252,62 @@ def test_a_slow_or_absent_store_costs_the_loan_and_not_the_answer(root, bundle, 
         status, answer = client.post("/v1/events", {"events": [event("x", "u", "i")]})
         assert status == 503
         assert "secret" not in answer["error"]
+
+
+class Slow(Broken):
+    """A store that takes events once it is told to."""
+
+    def __init__(self):
+        super().__init__(0.0)
+        self.go, self.waiting = threading.Event(), 0
+
+    def append(self, data):
+        self.waiting += 1
+        self.go.wait(30)
+
+
+def test_events_that_wait_for_the_store_are_bounded(root):
+    store = Slow()
+    with serving_from(root, store, most_appends=6) as client, ThreadPoolExecutor(6) as pool:
+        client.wait_ready()
+        waiting = [pool.submit(client.post, "/v1/events", {"events": [event(f"w{i}", "u", "i")]}) for i in range(6)]
+        until = time.monotonic() + 30
+        while time.monotonic() < until and client.state.writers._work_queue.qsize() < 2:  # four threads have one each
+            time.sleep(0.01)
+        status, answer = client.post("/v1/events", {"events": [event("x", "u", "i")]})
+        assert (status, "too much is waiting" in answer["error"]) == (503, True)
+        assert client.metric("marsjax_refused_total") == 1
+        store.go.set()
+        assert [status for status, _ in (call.result() for call in waiting)] == [202] * 6
+        assert client.post("/v1/events", {"events": [event("x", "u", "i")]})[0] == 202
+
+
+def test_what_has_nothing_to_score_counts_among_what_waits(root, bundle, monkeypatch):
+    """Else any number of requests for what is borrowed would wait, and be answered in one batch."""
+    snapshot = snapshots.load(root, snapshots.wanted(root), None)
+    made = engine.Engine(most_rows=4)
+    begun, go, sizes = threading.Event(), threading.Event(), []
+    answer = made.answer
+
+    def slowly(tasks):
+        sizes.append(len(tasks))
+        begun.set()
+        go.wait(30)
+        return answer(tasks)
+
+    monkeypatch.setattr(made, "answer", slowly)
+    monkeypatch.setattr(scoring, "SIZES", (2,))
+    profile = scoring.Profile(0, *scoring.own_history(bundle, 0))
+    task = engine.Task(snapshot, scoring.Row(profile, np.zeros(0, np.int32)), None, time.monotonic() + 60, 0.0)
+    first = made.submit(task)
+    begun.wait(30)
+    futures = [first, *(made.submit(task) for _ in range(5))]
+    go.set()
+    assert [future is None for future in futures] == [False] * 4 + [True] * 2
+    assert all(len(future.result(60).score_C) == 0 for future in futures[:4])
+    made.close()
+    assert sizes == [1, 2, 1]
+    assert made._rows == 0
 
 
 def test_what_comes_too_late_is_scored_without_a_loan(root, storage, bundle):

@@ -36,7 +36,7 @@ T = TypeVar("T")
 LOCK = ".runner"
 PAUSE = 1.0  # seconds, after a failure and while nothing is published
 SIZE = 64  # users that are embedded at a time
-# No user has this id and no version this name: what the store has there is the version whose vectors it was told to make.
+# No user has this id and no version this name: the store has the version there that its users were last marked for.
 NOBODY, FOLLOWED = "", "followed"
 
 

@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import pathlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Annotated, Any, NamedTuple
 
 import uvicorn
@@ -53,6 +54,7 @@ class Settings(NamedTuple):
     most_candidates: int = 1000
     most_bytes: int = 1 << 20  # of a request
     most_rows: int = 16_384  # waiting to be scored; more are refused
+    most_appends: int = 64  # requests whose events wait for the store; more are refused
     rate: float = 1000.0  # requests a second of one client
     image_folder: str = ""  # pictures for /explain, named by item id
     augment: bool = True  # off: score the own history alone (to measure what borrowing costs)
@@ -223,8 +225,12 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
     async def events(request: EventsRequest) -> Response:
         """Adds events to the stream. They are durable when the answer comes; their effects follow within moments."""
         data = [encode_event(Event(e.id, e.user, e.item, float(e.label), e.time)) for e in request.events]
+        future = state.append(data)
+        if future is None:
+            state.measures.refused.inc()
+            raise HTTPException(503, "too much is waiting; send the events again", {"Retry-After": "1"})
         try:
-            await asyncio.get_running_loop().run_in_executor(state.writers, storage.append, data)
+            await asyncio.wrap_future(future)
         except StorageError as error:
             log.warning("events were refused: %s", error)
             raise HTTPException(
@@ -281,6 +287,7 @@ class State:
         self.engine = Engine(most_rows=settings.most_rows, cache=settings.cache)
         self.readers = ThreadPoolExecutor(4, "store-read")
         self.writers = ThreadPoolExecutor(4, "store-write")
+        self._appends = threading.BoundedSemaphore(settings.most_appends)
         self.snapshot: Snapshot | None = None
         self.refused_version = ""
         self._store_out_until = 0.0
@@ -290,6 +297,14 @@ class State:
         self.engine.close()
         self.readers.shutdown(wait=False, cancel_futures=True)
         self.writers.shutdown(wait=True)
+
+    def append(self, data: list[bytes]) -> Future[None] | None:
+        """Adds events to the stream, in a thread; None where too many wait for it already."""
+        if not self._appends.acquire(blocking=False):
+            return None
+        future = self.writers.submit(self.storage.append, data)
+        future.add_done_callback(lambda _: self._appends.release())
+        return future
 
     def ready(self) -> Snapshot:
         if self.snapshot is None:

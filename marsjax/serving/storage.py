@@ -115,7 +115,7 @@ def open_storage(
     Args:
         timeout: seconds a call may take before it raises StorageError.
         append_timeout: seconds for `append`, where that is more: a disk writes slower than memory is read, and an event
-            whose answer was not waited for is sent again though it is there. In SQLite for all calls: only writers wait.
+            whose answer was not waited for is sent again though it is there. In SQLite of all calls: only writers wait.
         ttl: seconds a value that is not written lives in Redis.
         consumer: the name of this process among the consumers of a group in Redis.
 
