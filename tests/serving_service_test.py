@@ -459,7 +459,10 @@ def test_a_body_without_an_end_is_not_read_for_ever(client):
 def test_clients_have_a_rate(root, storage):
     with serving_from(root, storage, rate=5.0) as client:
         client.wait_ready()
-        found = [client.post("/v1/score", {"user": "u", "candidates": ["i"]})[0] for _ in range(20)]
+        found = [
+            client.post("/v1/score", {"user": "u", "candidates": ["i"]}, **{"x-forwarded-for": f"10.0.0.{i}"})[0]
+            for i in range(20)
+        ]
         assert {200, 429} == set(found)
         assert client.call("GET", "/healthz", raw=True)[0] == 200  # never limited
 
@@ -472,6 +475,7 @@ def test_tokens_guard_events_and_what_shows_users(client, monkeypatch, bundle):
         ("/v1/events", "POST", body, "eve"),
         ("/metrics", "GET", None, "adam"),
         ("/explain?user=u", "GET", None, "adam"),
+        ("/v1/augment", "POST", {"user": "u"}, "adam"),
     ):  # fmt: skip
         assert client.call(method, path, content, raw=True)[0] == 401
         assert client.call(method, path, content, {"authorization": "Bearer wrong"}, raw=True)[0] == 401

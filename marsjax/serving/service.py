@@ -192,7 +192,10 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
             }
         )
 
-    @app.post("/v1/augment", response_model=AugmentResponse, responses=failures)
+    # As the page it shows what users did, the donors too.
+    @app.post(
+        "/v1/augment", response_model=AugmentResponse, responses=failures | refused, dependencies=[Depends(may_look)]
+    )
     async def augment(request: AugmentRequest) -> Response:
         """A user's history and what the user borrows, for a CTR model of your own."""
         snapshot = state.ready()
@@ -426,6 +429,7 @@ def make_server(settings: Settings, storage: Storage) -> uvicorn.Server:
     config = uvicorn.Config(
         make_app(settings, storage), host=settings.host, port=settings.port, log_level="warning", access_log=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=10, server_header=False,
+        proxy_headers=False,  # anybody can write X-Forwarded-For: with each request another client, and no rate
     )  # fmt: skip
     return uvicorn.Server(config)
 
