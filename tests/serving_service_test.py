@@ -409,6 +409,42 @@ def test_lenders_are_swapped_beside_the_bundle(bundle_folder, storage, bundle, t
         assert client.score(low_user(bundle), items(bundle, 2))["borrowed"] >= 0
 
 
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_is_damaged_at_the_start_is_replaced_by_the_next_best(
+    bundle_folder, storage, bundle, tmp_path, monkeypatch
+):
+    """Anything is better than no answer; what was refused is tried again, since a disk may be out for a moment."""
+    monkeypatch.setattr(service, "RETRY", 0.3)
+    root, user, names = tmp_path / "root", low_user(bundle), items(bundle, 3)
+    first, second = (versions.publish(root, bundle_folder, keep=3) for _ in range(2))
+    lenders = snapshots.publish_lenders(root, second, bundle.lenders)
+    donors, users = root / "lenders" / lenders / "donors.npz", versions.folder_of(root, second) / "users.npz"
+    flip(donors)
+    with serving_from(root, storage) as client:  # the donors: those in the bundle
+        assert client.wait_ready() == {"version": second, "lenders": "bundle"}
+        assert client.score(user, names)["borrowed"] > 0
+        assert client.metric('marsjax_swaps_total{result="refused"}') >= 1
+        flip(donors)
+        until = time.monotonic() + 60
+        while client.wait_ready()["lenders"] != lenders and time.monotonic() < until:
+            time.sleep(0.02)
+        assert client.wait_ready() == {"version": second, "lenders": lenders}
+    flip(users)
+    with serving_from(root, storage) as client:  # the bundle: the one before
+        assert client.wait_ready() == {"version": first, "lenders": "bundle"}
+        assert client.score(user, names)["version"] == first
+        flip(users)
+        assert client.wait_ready(second)["lenders"] == lenders
+    (root / snapshots.POINTER).write_text("{")
+    with serving_from(root, storage) as client:  # the pointer to the donors
+        assert client.wait_ready() == {"version": second, "lenders": "bundle"}
+
+
 def test_bad_requests_are_told_what_is_wrong_and_nothing_of_the_machine(client):
     cases = [
         (b"{", 400, "json"),

@@ -37,6 +37,7 @@ from marsjax.serving.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
 
+RETRY = 60.0  # seconds after which a version that was refused is tried again: a disk may have been out for a moment
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EVENTS_TOKEN, ADMIN_TOKEN = "MARSJAX_EVENTS_TOKEN", "MARSJAX_ADMIN_TOKEN"
 
@@ -292,7 +293,7 @@ class State:
         self.writers = ThreadPoolExecutor(4, "store-write")
         self._appends = threading.BoundedSemaphore(settings.most_appends)
         self.snapshot: Snapshot | None = None
-        self.refused_version = ""
+        self.refused_version, self._refused_until = "", 0.0
         self._store_out_until = 0.0
 
     def close(self) -> None:
@@ -329,23 +330,27 @@ class State:
         """The snapshot that should answer, warmed up, where it is another one than the present."""
         wanted = snapshots.wanted(self.settings.root)
         now = self.snapshot
-        if wanted is None or wanted.key == self.refused_version:
+        if wanted is None or (wanted.key == self.refused_version and time.monotonic() < self._refused_until):
             return None
         if now is not None and wanted.key == snapshots.key_of(now):
             return None
-        try:
-            with self.compilations.warming():
-                made = snapshots.load(self.settings.root, wanted, now)
-                warm_up(made)
-        except (ValueError, OSError) as error:
-            if wanted == snapshots.wanted(self.settings.root):  # else it was removed while it was read
-                log.error("version %s is refused: %s", wanted.key, error)
-                self.refused_version = wanted.key
-                self.measures.swaps.labels("refused").inc()
-            return None
-        self.measures.swaps.labels("done").inc()
-        log.info("version %s answers, with lenders %s", made.version, made.lenders_version)
-        return made
+        for choice in [wanted] if now is not None else snapshots.at_start(self.settings.root, wanted):
+            try:
+                with self.compilations.warming():
+                    made = snapshots.load(self.settings.root, choice, now)
+                    warm_up(made)
+            except (ValueError, OSError) as error:
+                if wanted != snapshots.wanted(self.settings.root):  # it was removed while it was read
+                    return None
+                log.error("version %s is refused: %s", choice.key, error)
+                if choice == wanted:
+                    self.refused_version, self._refused_until = wanted.key, time.monotonic() + RETRY
+                    self.measures.swaps.labels("refused").inc()
+                continue
+            self.measures.swaps.labels("done").inc()
+            log.info("version %s answers, with lenders %s", made.version, made.lenders_version)
+            return made
+        return None
 
     async def lookup(self, user: str, version: str) -> tuple[bytes | None, bytes | None] | None:
         """History and vector in the store; None where it does not answer in time."""

@@ -60,6 +60,8 @@ def publish(root: pathlib.Path, bundle: pathlib.Path, *, keep: int, only_after: 
                 if path.is_file():
                     files.copy_file(path, partial / path.relative_to(bundle))
             check_bundle(partial)  # what was copied, not what was there before
+            files.sync_folder(partial)
+        files.sync_folder(root / VERSIONS, deep=False)  # that it has this name
         _point(root, version, () if before is None else (*before.earlier, before.version))
         _remove_old(root, keep)
     return version
