@@ -1,7 +1,10 @@
 """The example of the documentation is a method that works."""
 
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 
@@ -67,3 +70,13 @@ def test_the_user_of_the_units_is_the_one_who_publishes():
     (root,) = set(re.findall(r"--root=(\S+)", text))
     assert f"sudo -u {user} /opt/marsjax/.venv/bin/marsjax publish --bundle=/srv/bundle --root={root}" in text
     assert "DynamicUser" not in text
+
+
+def test_an_audit_that_can_ask_nobody_says_that_it_was_skipped():
+    root = EXAMPLES.parent
+    environment = os.environ | {"PYTHON": sys.executable, "MARSJAX_AUDIT_SERVICE": "http://127.0.0.1:9/"}
+    run = subprocess.run([root / "tools" / "audit"], env=environment, capture_output=True, text=True, check=True)
+    assert "SKIPPED, nothing was audited" in run.stderr
+    assert "done" not in run.stdout
+    assert "\ntools/audit\n" in (root / ".ci" / "run").read_text()
+    assert "pip-audit -r requirements.lock" in (root / "CONTRIBUTING.md").read_text()
