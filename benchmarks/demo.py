@@ -53,10 +53,10 @@ def main() -> None:
             time.sleep(0.02)
 
     with (
-        service.process("serve", root, port=port),
+        service.process("serve", root, port=port) as started,
         service.process("runner", root, lenders_seconds=10, train_seconds=20, train_events=100),
     ):
-        service.wait_ready(port)
+        service.wait_ready(port, started)
         sys.stdout.write(f"a page of a user: http://{service.HOST}:{port}/explain?user={users[0]}\n")
         threads = [threading.Thread(target=work, args=(client,)) for client in range(arguments.clients)]
         for thread in threads:

@@ -84,10 +84,12 @@ class Connection:
         return Answer(answer.status, json.loads(content) if "json" in kind else content.decode(), seconds)
 
 
-def wait_ready(port: int, *, seconds: float = 900.0) -> dict[str, Any]:
-    """What /readyz says once it is ready."""
+def wait_ready(port: int, started: subprocess.Popen[bytes], *, seconds: float = 300.0) -> dict[str, Any]:
+    """What /readyz says once it is ready. Raises RuntimeError where the process ends first."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
+        if started.poll() is not None:
+            raise RuntimeError(f"the service ended with {started.returncode} before it was ready; its log says why")
         with contextlib.suppress(OSError):
             answer = Connection(port).call("GET", "/readyz")
             if answer.status == 200:

@@ -144,8 +144,8 @@ def swaps(bundle: Bundle, folder: pathlib.Path, seconds: float) -> list[dict[str
             answers.append(connection.call("POST", "/v1/score", {"user": user, "candidates": names}))
 
     loose = {"deadline_ms": 1e6, "store_deadline_ms": 1e5, "rate": 1e9}
-    with service.process("serve", folder, port=port, poll_seconds=0.1, **loose):
-        service.wait_ready(port)
+    with service.process("serve", folder, port=port, poll_seconds=0.1, **loose) as started:
+        service.wait_ready(port, started)
         threads = [threading.Thread(target=ask) for _ in range(4)]
         for thread in threads:
             thread.start()

@@ -49,9 +49,9 @@ def main() -> None:
         versions.publish(root, arguments.bundle, keep=1)
         for case, settings in CASES.items():
             port = service.free_port()
-            slow = {"deadline_ms": 1e6, "store_deadline_ms": 1e4, "rate": 1e9, "most_rows": 10**6}
-            with service.process("serve", root, port=port, **slow, **settings):
-                service.wait_ready(port)
+            slow = {"deadline_ms": 1e6, "store_deadline_ms": 1e4, "rate": 1e9}
+            with service.process("serve", root, port=port, **slow, **settings) as started:
+                service.wait_ready(port, started)
                 service.ask(port, bodies[:50], clients=4)  # connections, caches of the file system
                 for clients in (1, 8, 32):
                     asked = bodies[: len(bodies) // 4] if clients == 1 else bodies

@@ -44,8 +44,8 @@ def main() -> None:
         root, port = pathlib.Path(folder), service.free_port()
         versions.publish(root, arguments.bundle, keep=1)
         slow = {"deadline_ms": 1e6, "store_deadline_ms": 1e5, "rate": 1e9}
-        with service.process("serve", root, port=port, live="true", **slow):
-            service.wait_ready(port)
+        with service.process("serve", root, port=port, live="true", **slow) as started:
+            service.wait_ready(port, started)
             online = service.ask(port, bodies, clients=8)
             compiled = service.metrics(port)["marsjax_compilations_while_serving"]
     offline = scoring.score(bundle, requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -19,6 +20,23 @@ from typing import Any, BinaryIO
 import numpy as np
 
 log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, *, held: str | None) -> Iterator[None]:
+    """Holds a file, which stays; the lock goes with the process, however that ends. A disk without locks is told of.
+
+    Args:
+        held: the message of the ValueError that is raised where another process holds it; None waits for that one.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if held is None else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ValueError(held) from error
+        except OSError as error:  # some network disks have no locks
+            log.warning("%s cannot be locked (%s): let no other process write there", path, error)
+        yield
 
 
 def write_bytes(path: pathlib.Path, data: bytes) -> None:
@@ -182,10 +200,20 @@ def sha256_file(path: pathlib.Path) -> str:
 
 
 def digest_arrays(arrays: Mapping[str, Any]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names. Python objects raise ValueError."""
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names.
+
+    Objects that are all str have the sum of a fixed-width array of them; other Python objects raise ValueError.
+    """
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.asarray(arrays[name])  # not ascontiguousarray, which turns a scalar into an array of one
+        if array.dtype.hasobject and all(isinstance(text, str) for text in array.flat):
+            texts = [text.rstrip("\0") for text in array.flat]  # as NumPy does
+            width = max(map(len, texts), default=0) or 1
+            digest.update(f"{name}|<U{width}|{array.shape}|".encode())
+            for text in texts:  # the array as a whole may not fit
+                digest.update(text.encode("utf-32-le", "surrogatepass").ljust(4 * width, b"\0"))
+            continue
         _refuse_objects(name, array)
         digest.update(f"{name}|{array.dtype}|{array.shape}|".encode())
         digest.update(array.tobytes())

@@ -30,7 +30,6 @@ from marsjax.ctr import objective
 from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
 from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
 from marsjax.data import batches, inspection
-from marsjax.data.content import find_images
 from marsjax.data.permutation import permute_features, permute_labels
 from marsjax.data.priors import item_counts, prior_numbers
 from marsjax.data.sampling import sample_users
@@ -65,7 +64,7 @@ from marsjax.serving import continuation, knowledge, lending, scoring, versions
 from marsjax.serving import runner as offline
 from marsjax.serving import storage as storing
 from marsjax.serving.requests import read_requests, write_scores
-from marsjax.sources import CONTENTS, SOURCES
+from marsjax.sources import CONTENTS, SOURCES, item_images
 from marsjax.stages import Stages
 from marsjax.training import checkpoint, loop
 from marsjax.training.optimizer import AdamW, adamw
@@ -138,7 +137,7 @@ def features(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path 
             f"features: expected features.text (one of {', '.join(TEXT_ENCODERS)}) or features.image (one of "
             f"{', '.join(IMAGE_ENCODERS)}), found neither"
         )
-    made = encode_stage(config, output or workdir / "features")
+    made = encode_stage(config, workdir, output=output)
     for modality, path in made.items():
         say(f"{modality} features: {path}")
     say(f"manifest: {(output or workdir / 'features') / encoding.MANIFEST}")
@@ -306,7 +305,7 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
         users=serving.latest_users(dataset.log, rows, augmentation, vectors.user_UD),
         items=serving.Items(
             raw_id_N=dataset.items.raw_id_N,
-            title_N=dataset.items.title_N,
+            title_N=dataset.items.title_N.astype(str),
             category_NG=dataset.items.category_NG,
             item_ND=vectors.item_ND,
             feature_NF=np.zeros((n_items, 0), np.float32) if features is None else features,
@@ -477,8 +476,12 @@ def read(config: ConfigDict, workdir: pathlib.Path | None = None) -> Dataset:
     if config.features.text or config.features.image:
         if workdir is None:
             raise ValueError("features: expected a workdir to write what is encoded to, found none")
-        made = encode_stage(config, workdir / "features")
-    dataset = SOURCES[config.data.source](config.data, made)
+        made = encode_stage(config, workdir)
+    data = config.data
+    if "image" in made and config.features.image != "precomputed":
+        # The encoder has read every image and told of the broken ones: the cheap check would tell of less.
+        data = with_changes(config, {"data.image_folder": ""}).data
+    dataset = SOURCES[data.source](data, made)
     if config.data.permute_features:
         dataset = permute_features(dataset, seed=config.split.seed)
     if config.data.permute_labels:
@@ -545,10 +548,16 @@ def load(config: ConfigDict, dataset: Dataset | None = None, *, workdir: pathlib
     )
 
 
-def encode_stage(config: ConfigDict, folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Encodes what has no vector yet, Eq. 3: the feature file of each modality that has an encoder."""
-    cfg, made = config.features, {}
-    content = CONTENTS[config.data.source](config, folder.parent)
+def encode_stage(
+    config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | None = None
+) -> dict[str, pathlib.Path]:
+    """Encodes what has no vector yet, Eq. 3: the feature file of each modality that has an encoder.
+
+    All goes to `workdir`, save the feature files, which go to `output` where it is given.
+    """
+    cfg, folder = config.features, output or workdir / "features"
+    made = {}
+    content = CONTENTS[config.data.source](config, workdir)
     encoders: dict[str, tuple[str, Mapping[str, Make]]] = {
         "text": (cfg.text, TEXT_ENCODERS), "image": (cfg.image, IMAGE_ENCODERS)
     }  # fmt: skip
@@ -581,6 +590,7 @@ def encode_stage(config: ConfigDict, folder: pathlib.Path) -> dict[str, pathlib.
             encoding.READERS["text" if name == "precomputed" else modality],
             folder=folder,
             facts=facts,
+            notes={"loaded_from": options.model} if options.model else {},
             dtype=cfg.dtype,
             strict=config.data.strict,
         )
@@ -741,7 +751,8 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
         def score(params: PyTree, statistics: PyTree, row_R: np.ndarray) -> np.ndarray:
             evaluation = batches.evaluation_batches(events, shown, row_R, **gather)
             score_R = np.empty(len(row_R), np.float32)
-            score_R[evaluation.order_R] = objective.score(model, params, statistics, tables, evaluation.batches())
+            params, statistics, placed = jax.device_put((params, statistics, tables))
+            score_R[evaluation.order_R] = objective.score(model, params, statistics, placed, evaluation.batches())
             return score_R
 
         def evaluate(params: PyTree, statistics: PyTree) -> dict[str, float]:
@@ -956,16 +967,9 @@ def evidence(context: Context) -> tuple[page.Table | Plot | page.Case, ...]:
 
 
 def image_files(context: Context) -> dict[str, pathlib.Path]:
-    """Id -> image of the items, where there is a folder of them."""
-    data = context.config.data
-    folder = pathlib.Path(data.folder if data.source == "movielens" else "", data.image_folder)
-    if data.source == "synthetic":
-        folder = context.stages.workdir / "drawings" / "images"
-    if not (data.image_folder or data.source == "synthetic") or not folder.is_dir():
-        return {}
-    raw_id_N = context.loaded.dataset.items.raw_id_N[1:]
-    found = zip(raw_id_N, find_images(folder, raw_id_N), strict=True)
-    return {str(name): path for name, path in found if path is not None}
+    """Id -> image of the items, where there are some."""
+    raw_ids = context.loaded.dataset.items.raw_id_N[1:].tolist()
+    return item_images(context.config.data, context.stages.workdir, raw_ids)
 
 
 def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
@@ -979,14 +983,11 @@ def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
     # Queries are sorted by user and end: the last of a user is the one with the whole training history.
     whole_Q = len(user_Q) - 1 - np.unique(user_Q[::-1], return_index=True)[1]
     chosen_Q = np.random.default_rng(seed).permutation(whole_Q)[:count]
-    folder = pathlib.Path(config.data.folder, config.data.image_folder) if config.data.image_folder else None
+    image_of = image_files(context)
 
     def card(item: int, note: str) -> page.ItemCard:
-        image = None
-        if folder is not None:
-            name = str(dataset.items.raw_id_N[item])
-            image = next((path for end in ("jpg", "jpeg", "png") if (path := folder / f"{name}.{end}").is_file()), None)
-        return page.ItemCard(str(dataset.items.title_N[item]) or str(dataset.items.raw_id_N[item]), note, image)
+        name = str(dataset.items.raw_id_N[item])
+        return page.ItemCard(str(dataset.items.title_N[item]) or name, note, image_of.get(name))
 
     settings = posterior_settings(config)
     try:

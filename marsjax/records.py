@@ -51,7 +51,8 @@ class Content(NamedTuple):
     """What items are encoded from, one row an item as the user supplied it. Nothing is checked yet: ids may repeat."""
 
     raw_id_I: np.ndarray  # [I] str
-    fields: Mapping[str, np.ndarray]  # column -> [I] str, what a template may name; "" is missing
+    # Column -> [I] objects that are str, what a template may name; "" is missing. One may be very long.
+    fields: Mapping[str, np.ndarray]
     image_I: Sequence[pathlib.Path | None]  # I image files; None: the item has none
 
 
@@ -59,7 +60,7 @@ class Items(NamedTuple):
     """The catalogue. Row 0 of every array is padding."""
 
     raw_id_N: np.ndarray  # [N] str, the ids of the source; "" at row 0
-    title_N: np.ndarray  # [N] str, may be ""
+    title_N: np.ndarray  # [N] objects that are str, may be ""; they may be long
     category_NG: np.ndarray  # [N, G] int32 category numbers from 1, 0 is padding
     category_names: tuple[str, ...]  # name of category g at position g, "" at 0
     modalities: Mapping[str, Modality]  # by name, in a fixed order

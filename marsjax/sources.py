@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 from marsjax.configuration import to_json
 from marsjax.data.amazon import amazon_content, load_amazon
 from marsjax.data.checks import sum_problems
+from marsjax.data.content import find_images
 from marsjax.data.drawings import write_drawings
 from marsjax.data.feature_files import read_features
 from marsjax.data.microlens import load_microlens, microlens_content
 from marsjax.data.mind import load_mind, mind_content
 from marsjax.data.movielens import load_movielens, movielens_content
 from marsjax.data.synthetic import latent_items, make_synthetic
-from marsjax.data.tabular import load_tabular, tabular_content
+from marsjax.data.tabular import image_names, load_tabular, tabular_content
 from marsjax.features.text import columns_of
 from marsjax.records import Content, Dataset
 
@@ -44,6 +45,7 @@ def _movielens(data: ConfigDict, made: Paths) -> Dataset:
         image_folder=folder / data.image_folder if data.image_folder else None,
         label_threshold=data.label_threshold,
         min_item_events=data.min_item_events,
+        min_user_events=data.min_user_events,
         strict=data.strict,
         checksums=_path(data.checksums),
     )
@@ -53,14 +55,11 @@ def _tabular(data: ConfigDict, made: Paths) -> Dataset:
     return load_tabular(
         events_path=pathlib.Path(data.events_file),
         items_path=pathlib.Path(data.items_file) if data.items_file else None,
-        columns={name: column for name, column in to_json(data.columns).items() if column and name != "image"},
-        features=_features(pathlib.Path(), data, made),
+        columns={name: column for name, column in to_json(data.columns).items() if column},
         image_folder=pathlib.Path(data.image_folder) if data.image_folder else None,
         category_separator=data.category_separator,
         label_threshold=data.label_threshold,
-        min_item_events=data.min_item_events,
-        min_user_events=data.min_user_events,
-        strict=data.strict,
+        **_recipe(data, made),
     )
 
 
@@ -118,6 +117,22 @@ def _mind_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
     return mind_content(_mind_folders(config.data))
 
 
+def item_images(data: ConfigDict, workdir: pathlib.Path, raw_ids: Sequence[str]) -> dict[str, pathlib.Path]:
+    """Id -> image file, of those items that have one; none where the configuration names no folder that is there."""
+    folder = pathlib.Path(data.folder if data.source == "movielens" else "", data.image_folder)
+    if data.source == "synthetic":
+        folder = workdir / "drawings" / "images"
+    if not (data.image_folder or data.source == "synthetic") or not folder.is_dir():
+        return {}
+    names = list(raw_ids)
+    if data.source == "tabular" and data.items_file and data.columns.image:
+        path = pathlib.Path(data.items_file)
+        name_of = image_names(items_path=path, item=data.columns.item, image=data.columns.image)
+        names = [name_of.get(name, "") for name in raw_ids]
+    found = zip(raw_ids, find_images(folder, names), strict=True)
+    return {name: path for name, path in found if path is not None}
+
+
 CONTENTS = {
     "synthetic": _drawn_content,
     "movielens": _movie_content,
@@ -129,7 +144,7 @@ CONTENTS = {
 
 
 def _recipe(data: ConfigDict, made: Paths) -> dict[str, Any]:
-    """What all recipes of published data are told."""
+    """What tables and all recipes of published data but MovieLens are told."""
     sums = sum_problems(pathlib.Path(data.checksums)) if data.checksums else []
     return {
         "features": _features(pathlib.Path(), data, made),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from marsjax import files
 from marsjax.provenance import current_commit
@@ -79,20 +78,13 @@ class Stages:
         log.info("%s: done in %.1f s (%s)", name, done["seconds"], folder)
 
 
-@contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a stage; it goes with the process, however that ends."""
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{folder}: expected to be alone, found another process building this stage; wait for it, or use "
-                "another --workdir"
-            ) from error
-        except OSError as error:  # some network disks have no locks
-            log.warning("%s cannot be locked (%s): let no other process use this --workdir", folder, error)
-        yield
+def _alone(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Holds the lock of a stage."""
+    return files.locked(
+        folder.parent / f".{folder.name}.lock",
+        held=f"{folder}: expected to be alone, found another process building this stage; wait for it, or use another "
+        "--workdir",
+    )
 
 
 def _results(folder: pathlib.Path) -> list[pathlib.Path]:

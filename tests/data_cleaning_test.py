@@ -210,6 +210,16 @@ def test_no_nan_feature_passes():
         build(features={"text": RawFeatures(np.array(["a", "b", "c"]), feature, "text.npz")}, strict=True)
 
 
+def test_no_zero_feature_passes():
+    """It has no direction, and stands for "none" in files of other programs."""
+    raw = RawFeatures(np.array(["a", "b", "c"]), np.array([[1.0, 0], [0, 0], [0, 1e-60]]), "text.npz")
+    dataset = build(features={"text": raw})
+    np.testing.assert_array_equal(dataset.items.modalities["text"].present_N, [False, True, False, False])
+    assert problem(dataset, "zero_text_feature")[1:] == (2, "masked", ("text.npz item b", "text.npz item c"))
+    with pytest.raises(ValueError, match="refuses 2 x zero_text_feature"):
+        build(features={"text": raw}, strict=True)
+
+
 def test_missing_and_foreign_features():
     raw = RawFeatures(np.array(["c", "zz", "a"]), np.array([[3.0], [9.0], [1.0]]), "f.npz")
     dataset = build(features={"image": raw}, strict=True)

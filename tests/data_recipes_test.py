@@ -3,8 +3,11 @@
 import gzip
 import hashlib
 import json
+import tracemalloc
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from marsjax.configuration import load_config
@@ -12,6 +15,8 @@ from marsjax.data.amazon import amazon_content, load_amazon
 from marsjax.data.checks import k_core, sum_problems
 from marsjax.data.microlens import draw_negatives, load_microlens, microlens_content
 from marsjax.data.mind import load_mind, mind_content
+from marsjax.data.movielens import movielens_content
+from marsjax.data.tabular import load_tabular, tabular_content
 
 
 def kinds(dataset):
@@ -105,6 +110,25 @@ def test_amazon_core_and_counts(tmp_path):
         load_amazon(path, features={}, core=2, expected=good | {"users": 3}, strict=True)
 
 
+def test_a_repeated_review_of_2023_does_not_count_for_the_core(tmp_path):
+    """w reviews only one product, twice; u reviews one again, later in time and earlier in the file."""
+    pairs = [("u", "a", 9), ("u", "a", 1), ("u", "b", 2), ("v", "a", 3), ("v", "b", 4), ("w", "b", 5), ("w", "b", 6)]
+
+    def load(review, core):
+        path = write_lines(tmp_path / "All_Beauty.jsonl", [review(user, item, 5.0, time) for user, item, time in pairs])
+        return load_amazon(path, features={}, core=core, strict=True), path
+
+    dataset, path = load(review_2023, 2)
+    assert list(dataset.log.raw_user_U) == ["u", "v"]
+    np.testing.assert_array_equal(dataset.log.time_E, np.array([1, 2, 3, 4]) * 1000)
+    assert kinds(dataset) == {"later_review": 2, "outside_core": 1}
+    meta = write_lines(tmp_path / "meta.jsonl", [{"parent_asin": name} for name in "abc"])
+    assert list(amazon_content(meta, reviews=path, core=2).raw_id_I) == ["a", "b"]
+    assert list(amazon_content(meta, reviews=path, core=3).raw_id_I) == []
+    assert len(load(review_2023, 0)[0].log.item_E) == 7
+    assert len(load(review_2014, 2)[0].log.item_E) == 7
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -160,6 +184,64 @@ def test_k_core_is_the_largest_set_with_k_each(k):
 def test_the_papers_amazon_data_are_variants(variant, expected):
     data = load_config(f"configs/amazon.py:{variant},minilm", {}).data
     assert (data.core, data.expected_events, data.expected_users, data.expected_items) == expected
+
+
+# --- long texts ------------------------------------------------------------------------------------------------------
+
+LONG = "x" * 100_000
+
+
+def table_of_texts(folder):
+    columns = {"what": [str(n) for n in range(300)], "text": [LONG, *["short"] * 299]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "items.parquet")
+    return tabular_content(items_path=folder / "items.parquet", item="what", fields=["text"]).fields["text"]
+
+
+def titles_of_a_table(folder):
+    table_of_texts(folder)
+    events = {"who": ["u"] * 300, "what": [str(n) for n in range(300)], "label": [1] * 300, "time": list(range(300))}
+    pyarrow.parquet.write_table(pyarrow.table(events), folder / "events.parquet")
+    columns = {"user": "who", "item": "what", "title": "text", "categories": "text"}
+    dataset = load_tabular(
+        events_path=folder / "events.parquet", items_path=folder / "items.parquet", columns=columns, features={}
+    )
+    return dataset.items.title_N[1:]
+
+
+def texts_of_amazon(folder):
+    lines = [{"parent_asin": str(n), "title": "t", "description": "short" if n else LONG} for n in range(300)]
+    return amazon_content(write_lines(folder / "meta.jsonl", lines)).fields["description"]
+
+
+def texts_of_mind(folder):
+    news = [f"N{n}\tsports\tfootball\tA match\t{'short' if n else LONG}\thttps://x\t[]\t[]" for n in range(300)]
+    return mind_content([write_mind(folder / "mind", [""], news)]).fields["abstract"]
+
+
+def texts_of_microlens(folder):
+    rows = "".join(f"{n},{'short' if n else LONG}\n" for n in range(300))
+    (folder / "titles.csv").write_text(f"item,title\n{rows}")
+    return microlens_content(folder / "titles.csv").fields["title"]
+
+
+def texts_of_movielens(folder):
+    (folder / "movies.dat").write_text("".join(f"{n}::title::Action\n" for n in range(300)))
+    texts = write_lines(folder / "texts.jsonl", [{"id": n, "text": "short" if n else LONG} for n in range(300)])
+    return movielens_content(folder, texts=texts).fields["text"]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [table_of_texts, titles_of_a_table, texts_of_amazon, texts_of_mind, texts_of_microlens, texts_of_movielens],
+)
+def test_one_long_text_does_not_widen_all_others(tmp_path, read):
+    """300 texts that are held in the width of the longest are 120 MB."""
+    tracemalloc.start()
+    texts = read(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (texts[0], list(texts[1:])) == (LONG, ["short"] * 299)
+    assert peak < 12e6
 
 
 # --- sums -----------------------------------------------------------------------------------------------------------
@@ -320,3 +402,12 @@ def test_kuairand_is_a_table(tmp_path):
     assert (len(dataset.log.raw_user_U), len(dataset.items.raw_id_N) - 1, len(dataset.log.item_E)) == (3, 4, 12)
     assert dataset.items.category_names == ("", "0", "1", "2", "3", "7")
     assert dataset.log.time_E[0] == 1650558500000
+    assert not {"count_differs", "checksum_differs"} & {*kinds(dataset)}
+    (tmp_path / "SUMS").write_text(f"{'0' * 64}  {log.name}\n")
+    config.data.update(expected_events=12, expected_users=3, expected_items=7, checksums=str(tmp_path / "SUMS"))
+    problems = {problem.kind: problem.where for problem in pipeline.read(config).problems}
+    assert problems["count_differs"] == ("4 items, expected 7",)
+    assert problems["checksum_differs"] == (log.name,)
+    config.data.strict = True
+    with pytest.raises(ValueError, match="refuses 1 x checksum_differs .*; 1 x count_differs"):
+        pipeline.read(config)

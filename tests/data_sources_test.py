@@ -10,13 +10,16 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from marsjax.data.feature_files import image_folder_problems, read_features
+from marsjax.configuration import load_config
+from marsjax.data.content import find_images, image_problems
+from marsjax.data.feature_files import read_features
 from marsjax.data.inspection import describe, statistics
 from marsjax.data.movielens import load_movielens
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
-from marsjax.data.tabular import load_tabular, read_ids
+from marsjax.data.tabular import load_tabular, read_ids, tabular_content
 from marsjax.evaluation.metrics import auc
+from marsjax.sources import SOURCES
 
 COLUMNS = {"user": "who", "item": "what", "label": "clicked", "time": "at"}
 
@@ -210,6 +213,19 @@ def test_no_loop_over_rows_of_ids(tmp_path):
     assert peak < n * user.dtype.itemsize
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_line_breaks_in_quotes_are_read_in_files_of_any_size(tmp_path, ending):
+    """pyarrow reads blocks of 1 MB, and looks for rows that lie across two of them only where it is told to."""
+    text = "two\nlines, or more\n" * 10
+    path = tmp_path / f"items.{ending}"
+    separator = {"csv": ",", "tsv": "\t"}[ending]
+    path.write_text(f"what{separator}text\n" + "".join(f'i{n}{separator}"{text}"\n' for n in range(8000)))
+    assert path.stat().st_size > 1 << 20
+    content = tabular_content(items_path=path, item="what", fields=["text"])
+    assert len(content.raw_id_I) == 8000
+    assert set(content.fields["text"]) == {text}
+
+
 def test_missing_column_is_named_with_the_remedy(tmp_path):
     path = write(tmp_path / "log.parquet", who=[1], what=["a"], at=[1])
     with pytest.raises(ValueError, match=r"column 'clicked' for label, found who, what, at; .*columns.label=NAME"):
@@ -368,11 +384,13 @@ def test_image_folder_with_a_truncated_file(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"\xff\xd8 pict")
     (tmp_path / "c.png").write_bytes(b"\x89PNG\r\n\x1a\n data IEND\xaeB`\x82")
     (tmp_path / "d.png").write_bytes(b"\x89PNG\r\n\x1a\n dat")
-    missing, truncated = image_folder_problems(tmp_path, np.array(["a", "b", "c", "d", "e"]))
+    for name, head in (("f.webp", b"RIFF"), ("g.gif", b"GIF89a"), ("h.tif", b"II*\0"), ("i.bmp", b"BM")):
+        (tmp_path / name).write_bytes(head + b" picture")
+    (tmp_path / "j.webp").write_bytes(b"<html>")
+    ids = np.array(list("abcdefghij"))
+    missing, truncated = image_problems(ids, find_images(tmp_path, ids))
     assert (missing.kind, missing.occurrences, missing.where) == ("missing_image", 1, ("item e",))
-    assert truncated == ("truncated_image", 2, "noted", ("b.jpg", "d.png"))
-    with pytest.raises(ValueError, match="expected a folder of images"):
-        image_folder_problems(tmp_path / "nowhere", np.array(["a"]))
+    assert truncated == ("truncated_image", 3, "noted", ("b.jpg", "d.png", "j.webp"))
 
 
 def test_a_cut_image_is_refused_by_strict_and_costs_no_feature_otherwise(tmp_path):
@@ -393,7 +411,7 @@ def test_only_the_ends_of_an_image_are_read(tmp_path, head):
         file.seek(size)
         file.write(b"\xff\xd9" if head == b"\xff\xd8" else b"IEND\xaeB`\x82")
     tracemalloc.start()
-    assert image_folder_problems(tmp_path, np.array(["a"])) == []
+    assert image_problems(np.array(["a"]), [tmp_path / "a.png"]) == []
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < size / 100
@@ -432,6 +450,15 @@ def test_movielens_layout(tmp_path):
 def test_malformed_ratings_are_named(tmp_path, lines, message):
     with pytest.raises(ValueError, match=message):
         load_movielens(movielens_folder(tmp_path, lines))
+
+
+def test_users_of_few_ratings_are_left_out_where_the_configuration_says_so(tmp_path):
+    lines = [f"{u}::{m}::5::{100 + m}" for u in range(1, 8) for m in range(1, 6)] + ["8::1::5::1"]
+    config = load_config("configs/ml1m.py", {"data.folder": str(movielens_folder(tmp_path, lines))})
+    config.data.update(text_features="", image_features="", image_folder="", min_user_events=2)
+    dataset = SOURCES["movielens"](config.data, {})
+    assert list(dataset.log.raw_user_U) == [str(u) for u in range(1, 8)]
+    assert {p.kind: p.occurrences for p in dataset.problems}["rare_user"] == 1
 
 
 def test_missing_movielens_tells_where_to_get_it(tmp_path):

@@ -117,7 +117,7 @@ def cards(*images):
 
 
 def test_images_are_embedded_as_they_are(tmp_path):
-    kinds = {"png": png(), "jpeg": b"\xff\xd8\xff\xe0" + bytes(pages.MOST_BYTES - 4)}
+    kinds = {"png": png(), "jpeg": b"\xff\xd8\xff\xe0" + bytes(pages.MOST_BYTES - 4), "gif": b"GIF89a", "webp": b"RIFF"}
     for kind, data in kinds.items():
         (tmp_path / "image").write_bytes(data)  # the content counts, not the name
         ((tag, attributes),) = cards(tmp_path / "image")

@@ -13,6 +13,7 @@ import pytest
 from marsjax.features import minilm, mobilenet, packaged
 from marsjax.features.colour import make_colour
 from marsjax.features.encoders import IMAGE_ENCODERS, TEXT_ENCODERS
+from marsjax.features.hub import find_model
 from marsjax.features.minilm import make_minilm
 from marsjax.features.mobilenet import make_mobilenet
 from marsjax.features.precomputed import make_precomputed
@@ -218,6 +219,23 @@ def test_minilm_reads_a_folder_of_the_user_and_cuts_long_texts(tiny_bert):
     np.testing.assert_allclose(np.linalg.norm(encoded.row_BF, axis=1), 1, rtol=1e-6)
     # Two more words do not fit, and the beginning is the same.
     np.testing.assert_allclose(encoded.row_BF[1], encoded.row_BF[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.txt"])
+def test_another_tokenizer_or_configuration_is_another_encoder(tiny_bert, name):
+    """The weights alone do not tell what a model makes of a text."""
+
+    def facts():
+        return make_minilm(Options(model=str(tiny_bert), max_tokens=8), []).facts, find_model("llama", tiny_bert, "")
+
+    before = facts()
+    assert facts() == before
+    path = tiny_bert / name
+    path.write_text((path.read_text() if path.is_file() else "") + "\n")
+    after = facts()
+    assert after[0] != before[0]
+    assert after[1]._replace(settings_sha256="") == before[1]._replace(settings_sha256="")
+    assert after[1] != before[1]
 
 
 def test_minilm_is_the_bert_of_transformers(tiny_bert):

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import threading
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from marsjax import files
@@ -42,7 +44,8 @@ def rows(folder):
 
 
 def listing(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """What is there beside locks, which stay for those who wait for them."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 def manifest(folder):
@@ -111,12 +114,50 @@ def test_items_may_be_renamed_reordered_and_removed_for_nothing(tmp_path):
     assert set(rows(tmp_path)) == {"x", "y"}
 
 
+@pytest.mark.parametrize("facts", [{}, {"revision": "2"}])
+def test_killed_before_the_manifest_is_written_the_vectors_stay_known(tmp_path, monkeypatch, facts):
+    def killed(path, value):
+        raise KeyboardInterrupt
+
+    encode(tmp_path, letters())
+    changed = ["another", *TEXTS[1:]]
+    monkeypatch.setattr(files, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        encode(tmp_path, letters(facts=facts), texts=changed)
+    monkeypatch.undo()
+    for journal in tmp_path.glob(".*.partial"):
+        journal.unlink()  # the kill may come between this and anything
+    seen = []
+    encode(tmp_path, letters(seen, facts=facts), texts=changed)
+    assert seen == []
+    encode(tmp_path / "whole", letters(facts=facts), texts=changed)
+    assert (tmp_path / "text.npz").read_bytes() == (tmp_path / "whole" / "text.npz").read_bytes()
+    assert manifest(tmp_path)["sha256"] == files.sha256_file(tmp_path / "text.npz")
+
+
+def test_a_manifest_is_told_and_decides_nothing(tmp_path):
+    """Vectors of one encoder are never taken for those of another, whatever the manifest says."""
+    encode(tmp_path, letters())
+    text = (tmp_path / "manifest.json").read_text().replace('"letters"', '"letters",\n    "revision": "2"')
+    (tmp_path / "manifest.json").write_text(text)
+    seen = []
+    encode(tmp_path, letters(seen, facts={"revision": "2"}))
+    assert seen == TEXTS
+
+
 @pytest.mark.parametrize("change", [{"facts": {"revision": "2"}}, {"width": 3}])
 def test_another_encoder_makes_everything_anew(tmp_path, change):
     encode(tmp_path, letters())
     seen = []
     encode(tmp_path, letters(seen, **change))
     assert seen == TEXTS
+
+
+def test_notes_are_told_and_change_nothing(tmp_path):
+    encode(tmp_path, letters(), notes={"loaded_from": "here"})
+    seen = []
+    encode(tmp_path, letters(seen), notes={"loaded_from": "there"})
+    assert (seen, manifest(tmp_path)["loaded_from"]) == ([], "there")
 
 
 def test_damaged_results_are_made_anew(tmp_path):
@@ -141,6 +182,21 @@ def test_the_size_of_a_batch_changes_nothing(tmp_path, batch):
     encode(tmp_path / "a", letters(batch=3))
     encode(tmp_path / "b", letters(batch=batch))
     assert listing(tmp_path / "a") == listing(tmp_path / "b")
+
+
+def test_large_values_are_encoded_before_the_batch_is_full(tmp_path, monkeypatch):
+    """What is decoded is held until its batch is encoded: the memory is bounded by its pixels, not by their number."""
+    monkeypatch.setattr(encoding, "PIXELS", 100)
+    sizes, held = [], letters(batch=64)
+
+    def count(batch):
+        sizes.append(len(batch))
+        return held.encode(batch)
+
+    reader = READERS["text"]._replace(weigh=lambda text: 60 if text < "text 4" else 20)
+    encode(tmp_path, held._replace(encode=count), reader=reader)
+    assert sizes == [2, 2, 5, 1]
+    assert READERS["image"].weigh(PIL.Image.new("RGB", (20, 30))) == 600
 
 
 def test_missing_broken_and_repeated_items_are_told_of_and_have_no_row(tmp_path):
@@ -185,6 +241,22 @@ def test_no_vector_is_ever_silently_zero_or_infinite(tmp_path):
     assert [(p.kind, p.occurrences) for p in made.problems] == [("broken_text", 9)]
 
 
+def test_a_zero_vector_is_broken(tmp_path):
+    """An encoder may make one, and float16 makes zero of what is small."""
+    for name, worth, dtype in (("zero", 0.0, "float32"), ("small", 1e-12, "float16")):
+        row_F = np.full(4, worth, np.float32)
+        encoder = letters()._replace(
+            encode=lambda batch, row_F=row_F: Encoded(
+                np.array([row_F if text == "text 3" else row_F + 1 for text in batch]), np.zeros(len(batch), bool)
+            )
+        )
+        made = encode(tmp_path / name, encoder, dtype=dtype)
+        assert set(rows(tmp_path / name)) == {*IDS} - {"i3"}
+        assert [(p.kind, p.occurrences, p.where) for p in made.problems] == [
+            ("broken_text", 1, ("item i3: a zero vector",))
+        ]
+
+
 def test_a_text_that_was_cut_is_counted_also_when_it_is_used_again(tmp_path):
     for _ in range(2):
         made = encode(tmp_path, letters(), texts=["x" * 30, *TEXTS[1:]])
@@ -226,10 +298,53 @@ def test_a_really_full_disk(small_disk):
     assert not (small_disk / "text.npz").exists()
 
 
-def test_two_processes_do_not_write_the_same(tmp_path):
+@pytest.mark.parametrize("facts", [{}, {"revision": "2"}])
+def test_two_processes_do_not_write_the_same(tmp_path, facts):
+    """Not with another encoder either: the last one would remove what the other is writing."""
+
     def encode_inside(batch):
         with pytest.raises(ValueError, match="found another process encoding the same"):
-            encode(tmp_path, letters())
+            encode(tmp_path, letters(facts=facts))
         return letters().encode(batch)
 
     encode(tmp_path, letters()._replace(encode=encode_inside))
+
+
+def test_a_modality_is_held_until_all_is_written(tmp_path, monkeypatch):
+    write, tried = files.write_json, []
+
+    def write_inside(path, value):
+        with pytest.raises(ValueError, match="found another process encoding the same"):
+            encode(tmp_path, letters())
+        tried.append(path.name)
+        write(path, value)
+
+    monkeypatch.setattr(files, "write_json", write_inside)
+    encode(tmp_path, letters())
+    assert tried == ["manifest.json"]
+
+
+def test_two_modalities_at_once_are_both_in_the_manifest(tmp_path, monkeypatch):
+    write, others = files.write_json, []
+
+    def encode_image():
+        encode_items("image", IDS, TEXTS, letters(), READERS["text"], folder=tmp_path, facts={})
+
+    def write_beside(path, value):
+        if not others:  # what the other one would write now must not be written over
+            others.append(threading.Thread(target=encode_image))
+            others[0].start()
+            others[0].join(0.5)
+        write(path, value)
+
+    monkeypatch.setattr(files, "write_json", write_beside)
+    encode(tmp_path, letters())
+    others[0].join()
+    assert {*json.loads((tmp_path / "manifest.json").read_text())} == {"text", "image"}
+
+
+def test_what_a_kill_left_of_the_results_is_removed(tmp_path):
+    for name in (".text.npz.x7.partial", ".image.npz.x7.partial"):
+        (tmp_path / name).touch()
+    encode(tmp_path, letters())
+    assert sorted(listing(tmp_path)) == [".image.npz.x7.partial", "manifest.json", "text.npz"]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -83,6 +84,28 @@ def test_an_image_is_what_it_shows(data, expected, tolerance):
     assert (image.mode, image.size) == ("RGB", (40, 30))
     if expected is not None:
         np.testing.assert_allclose(np.asarray(image).mean(axis=(0, 1)), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_greys_of_many_bits_are_read_in_little_memory(kind):
+    """The largest images are of 100 million pixels, so each byte a pixel costs 100 MB."""
+    image = PIL.Image.fromarray((np.arange(1_000_000) % 65536).reshape(1000, 1000).astype(kind))
+    data = saved(image, "TIFF")
+    tracemalloc.start()
+    pixel_YXC = np.asarray(read_image(data))
+    peak = tracemalloc.get_traced_memory()[1] - pixel_YXC.nbytes
+    tracemalloc.stop()
+    assert peak < 13 * image.width * image.height
+    expected = (np.asarray(image).astype(np.float64) / 65535 * 255).round()
+    np.testing.assert_array_equal(pixel_YXC[..., 0], expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_no_numbers_are_broken(value):
+    pixel_YX = np.ones((8, 8), np.float32)
+    pixel_YX[3, 4] = value
+    with pytest.raises(BrokenImage, match="no finite numbers"):
+        read_image(saved(PIL.Image.fromarray(pixel_YX), "TIFF"))
 
 
 def test_what_is_transparent_is_white():

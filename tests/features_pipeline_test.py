@@ -14,6 +14,7 @@ from marsjax.data.permutation import permute_features
 from marsjax.data.synthetic import latent_items, make_synthetic
 from marsjax.evaluation import features_page
 from marsjax.features.encoders import IMAGE_ENCODERS, TEXT_ENCODERS
+from marsjax.sources import item_images
 
 ROOT = pathlib.Path(__file__).parent.parent
 COLOURS = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
@@ -59,7 +60,11 @@ def test_the_page_of_the_documentation_works(shop, capsys):
     for words in commands:
         assert main.main([*words, *small]) == 0
     folder = shop / "runs" / "mine"
-    assert sorted(path.name for path in (folder / "features").iterdir()) == ["image.npz", "manifest.json", "text.npz"]
+    assert sorted(path.name for path in (folder / "features").glob("[!.]*")) == [
+        "image.npz",
+        "manifest.json",
+        "text.npz",
+    ]
     told = json.loads((folder / "features" / "manifest.json").read_text())
     assert (told["text"]["encoder"], told["text"]["vectors"], told["text"]["template"]) == (
         "tfidf",
@@ -125,12 +130,76 @@ def test_a_bad_image_is_masked_and_strict_refuses_it(shop, capsys):
 
 
 def test_vectors_of_the_user_are_an_encoder(shop):
-    np.savez(shop / "mine.npz", id=[f"p{n}" for n in range(20)], embedding=np.eye(20, 5))
+    np.savez(shop / "mine.npz", id=[f"p{n}" for n in range(20)], embedding=1 + np.eye(20, 5))
     config = configured(features__text="precomputed", features__text_file="mine.npz")
     feature_NF, present_N = pipeline.read(config, shop / "run").items.modalities["text"]
     assert (feature_NF.shape[1], int(present_N.sum())) == (5, 20)
     told = json.loads((shop / "run" / "features" / "manifest.json").read_text())["text"]
     assert (told["encoder"], told["file"], len(told["broken"])) == ("precomputed", "mine.npz", 10)
+
+
+def test_the_manifest_tells_which_model_was_asked_for(shop):
+    pipeline.features(configured(features__image_model="somebody/model"), shop / "run")
+    told = json.loads((shop / "run" / "features" / "manifest.json").read_text())
+    assert told["image"]["loaded_from"] == "somebody/model"
+    assert "loaded_from" not in told["text"]
+
+
+def test_vectors_without_ids_follow_the_order_of_the_items(shop):
+    np.save(shop / "mine.npy", 1 + np.eye(30))
+    config = configured(features__text="precomputed", features__text_file="mine.npy")
+
+    def vector_of():
+        items = pipeline.read(config, shop / "run").items
+        return dict(zip(items.raw_id_N[1:], items.modalities["text"].feature_NF[1:], strict=True))
+
+    before = vector_of()
+    np.testing.assert_array_equal(before["p3"], 1 + np.eye(30)[3])
+    head, *lines = (shop / "items.csv").read_text().splitlines()
+    (shop / "items.csv").write_text("\n".join([head, *lines[::-1]]) + "\n")
+    np.testing.assert_array_equal(vector_of()["p3"], 1 + np.eye(30)[26])
+
+
+def with_photos(shop):
+    """Images in a column of their own, of names that are no ids, and of kinds that not every program knows."""
+    head, *lines = (shop / "items.csv").read_text().splitlines()
+    rows = [f"{head},photo"]
+    for number, line in enumerate(lines):
+        path, kind = shop / "images" / f"p{number}.png", ("webp", "gif", "png", "jpg")[number % 4]
+        if path.is_file():
+            with PIL.Image.open(path) as image:
+                image.save(shop / "images" / f"shot-{100 + number}.{kind}")
+            path.unlink()
+        rows.append(f"{line},{f'shot-{100 + number}.{kind}' if number != 4 else ''}")
+    (shop / "items.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("encoder", ["colour", "", "precomputed"])
+def test_images_named_by_a_column_are_those_of_the_items(shop, encoder):
+    with_photos(shop)
+    np.savez(shop / "mine.npz", id=[f"p{n}" for n in range(30)], embedding=1 + np.eye(30))
+    config = configured(data__columns__image="photo", features__image=encoder, features__image_file="mine.npz")
+    config.alignment.modalities = ("text",)
+    dataset = pipeline.read(config, shop / "run")
+    told = {problem.kind: problem.where for problem in dataset.problems if "image" in problem.kind}
+    # What the encoder tells of is not told of again.
+    assert told == ({"item_without_image": ("item p4",)} if encoder == "colour" else {"missing_image": ("item p4",)})
+    found = item_images(config.data, shop / "run", dataset.items.raw_id_N[1:].tolist())
+    assert {*found} == {f"p{number}" for number in range(30)} - {"p4"}
+    assert found["p7"].name == "shot-107.jpg"
+
+
+def test_the_report_shows_images_named_by_a_column(shop):
+    with_photos(shop)
+    config = configured(
+        data__columns__image="photo", alignment__epochs="0", alignment__history="8", alignment__stein_items="16",
+        alignment__width="16", alignment__id_width="8", features__text_width="8", training__sharding="single",
+    )  # fmt: skip
+    pipeline.reproduce(config, shop / "run", parts="features,cases")
+    html = (shop / "run" / "report.html").read_text()
+    features, _, cases = html.rpartition("What MARS does for single users")
+    for part in (features, cases):
+        assert {*re.findall(r"data:image/(\w+);base64,", part)} == {"png", "jpeg", "gif", "webp"}
 
 
 @pytest.mark.parametrize(
@@ -181,6 +250,16 @@ def test_the_drawings_show_what_is_planted(tmp_path):
         assert 0.9 < present_N[1:].mean() < 1
     again = pipeline.read(config, tmp_path / "again")
     assert dataset.fingerprint == again.fingerprint
+
+
+def test_nothing_beside_the_output_is_touched(tmp_path):
+    """The drawings of planted items go to the workdir: a folder of that name beside the output is somebody's own."""
+    (tmp_path / "drawings").mkdir()
+    (tmp_path / "drawings" / "mine.txt").touch()
+    config = load_config("configs/synthetic.py:drawn", {"data.synthetic.n_items": "60", "data.synthetic.n_users": "30"})
+    pipeline.features(config, tmp_path / "run", output=tmp_path / "features")
+    assert [path.name for path in (tmp_path / "drawings").iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawings", "features", "run"]
 
 
 def test_drawings_are_of_the_items_that_are_planted():

@@ -104,6 +104,16 @@ def test_llama_is_the_mean_over_the_last_layer_without_padding(llama):
     json.dumps(dict(encoder.facts))
 
 
+def test_what_lies_beside_the_weights_is_part_of_the_encoder(llama, qwen, tmp_path):
+    for make, (folder, _) in ((make_llama, llama), (make_qwen_vision, qwen)):
+        copy = tmp_path / folder.name
+        shutil.copytree(folder, copy)
+        before = dict(make(Options(model=str(copy)), []).facts)
+        (copy / "generation_config.json").write_text("{}\n")
+        after = dict(make(Options(model=str(copy)), []).facts)
+        assert {name for name in after if after[name] != before[name]} == {"settings_sha256"}
+
+
 def test_the_company_in_a_batch_changes_nothing(llama, qwen):
     for make, folder, inputs in ((make_llama, llama[0], TEXTS), (make_qwen_vision, qwen[0], images())):
         encoder = make(Options(model=str(folder)), inputs)

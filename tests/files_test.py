@@ -65,6 +65,11 @@ def test_digest_tells_a_scalar_from_an_array_of_one():
     assert len(digests) == 3
 
 
+@pytest.mark.parametrize("texts", [["a", "", "longer \N{PILE OF POO}"], [], [""], ["a", "\ud800"]])
+def test_digest_of_texts_is_that_of_a_fixed_width_array(texts):
+    assert files.digest_arrays({"a": np.array(texts, object)}) == files.digest_arrays({"a": np.array(texts, str)})
+
+
 def test_python_objects_are_refused_before_anything_is_written(tmp_path):
     objects = np.array([{}], object)
     with pytest.raises(ValueError, match="names: expected plain numbers.*found Python objects"):

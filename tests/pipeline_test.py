@@ -290,7 +290,7 @@ def test_disk_without_locks_warns_and_goes_on(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("marsjax.stages.fcntl.flock", no_locks)
+    monkeypatch.setattr("marsjax.files.fcntl.flock", no_locks)
     Stages(tmp_path)("a", "0" * 64, lambda folder: None)
     assert "cannot be locked" in caplog.text
 

@@ -45,6 +45,18 @@ def test_the_page_of_findings_quotes_what_short_histories_tell(events):
     assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "what_works.md").read_text()
 
 
+@pytest.mark.parametrize("method", ["base", "mars", "mars_short_posterior"])
+@pytest.mark.parametrize("features", ["plain", "encoded", "shuffled"])
+def test_the_page_of_features_quotes_the_committed_results(features, method):
+    rows = {(r["method"], r["group"], r["metric"]): r for r in read(f"ml1m_sparse5_{features}")["rows"]}
+    cells = [method]
+    for key in (("low", "auc"), ("low", "gauc"), ("all", "auc")):
+        row = rows[method, *key]
+        gain = "" if method == "base" else f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+        cells += [f"{row['mean']:.4f}", gain]
+    assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "features.md").read_text()
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results_have_the_keys_that_other_programs_read(path):
     results = json.loads(path.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Iterable
 from typing import Any
@@ -19,6 +20,8 @@ from marsjax.training.sharding import Lifted, lift
 from marsjax.training.step import LossFn, Share, StepFn, make_step, total
 
 PyTree = Any
+
+AHEAD = 2  # batches that are scored while the next one is made
 
 
 def init_model(model: nn.Module, tables: ItemTables, *, seed: int, dense: int = 0) -> dict[str, PyTree]:
@@ -66,11 +69,21 @@ def probabilities(
 def score(
     model: nn.Module, params: PyTree, statistics: PyTree, tables: ItemTables, batches: Iterable[CtrBatch]
 ) -> np.ndarray:
-    """Probabilities [rows] float32 of the rows of weight 1 of all batches, in order."""
-    params, statistics, tables = jax.device_put((params, statistics, tables))
-    parts = [
-        np.asarray(probabilities(model, params, statistics, batch, tables))[batch.weight_B > 0] for batch in batches
-    ]
+    """Probabilities [rows] float32 of the rows of weight 1 of all batches, in order. What is not on the device is sent
+    there for every batch."""
+    parts: list[np.ndarray] = []
+    on_the_way: collections.deque[tuple[jax.Array, CtrBatch]] = collections.deque()
+
+    def wait() -> None:
+        score_B, batch = on_the_way.popleft()
+        parts.append(np.asarray(score_B)[batch.weight_B > 0])
+
+    for batch in batches:
+        on_the_way.append((probabilities(model, params, statistics, batch, tables), batch))
+        if len(on_the_way) > AHEAD:
+            wait()
+    while on_the_way:
+        wait()
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
@@ -81,7 +94,7 @@ def with_vectors(model: nn.Module, params: PyTree, tables: ItemTables) -> ItemTa
 
 @functools.partial(jax.jit, static_argnums=0)
 def _vectors(model: nn.Module, params: PyTree, tables: ItemTables) -> jax.Array:
-    return model.bind({"params": params}).items(tables)  # type: ignore[attr-defined, no-any-return]
+    return model.bind({"params": params}).items(tables)
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from marsjax.data.checks import count_problems, k_core
-from marsjax.data.cleaning import RawItems, build_dataset
+from marsjax.data.cleaning import RawItems, as_texts, build_dataset
 from marsjax.data.content import find_images, joined, no_images
 from marsjax.data.feature_files import read_features
 from marsjax.records import Content, Dataset, Problem
@@ -47,37 +47,26 @@ def load_amazon(
     Args:
         metadata: gives titles and categories; without, items are known by their reviews alone.
         features: modality -> file of vectors.
-        core: users and items with fewer reviews are left out until all have as many; 0 keeps all.
+        core: users and items with fewer reviews are left out until all have as many; 0 keeps all. Of 2023, where a
+            product may be reviewed again, a user's earliest review of it is the one that counts and stays.
         expected: published counts of reviews, users and items after that; 0 is not checked.
 
     Raises:
         ValueError: a file is missing or damaged, or a line is something else; the message names file and line.
     """
-    rows: tuple[list[Any], ...] = ([], [], [], [])
-    for number, line in _lines(reviews, literal=False):
-        names = NAMES_2014 if NAMES_2014[0] in line else NAMES_2023
-        if missing := [name for name in names if name not in line]:
-            raise ValueError(
-                f"{reviews}:{number}: expected a review of 2014 ({', '.join(NAMES_2014)}) or 2023 "
-                f"({', '.join(NAMES_2023)}), found no {', '.join(missing)}"
-            )
-        for column, name in zip(rows, names, strict=True):
-            column.append(line[name])
-    user_R, item_R = (np.array(["" if name is None else name for name in column], str) for column in rows[:2])
-    try:
-        label_R = np.array([np.nan if value is None else value for value in rows[2]], np.float64)
-        time_R = np.array([np.nan if value is None else value for value in rows[3]], np.float64)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{reviews}: expected numbers as rating and time ({error})") from error
-    keep_R = k_core(user_R, item_R, core) if core > 1 else np.ones(len(user_R), bool)
+    user_R, item_R, label_R, time_R, recent_R = _read_reviews(reviews)
+    first_R, keep_R = _in_core(user_R, item_R, time_R, recent_R, core)
     row_R = np.flatnonzero(keep_R)
     row_R = row_R[np.argsort(time_R[row_R], kind="stable")]  # the dumps are in no order of time, which is no defect
     user_R, item_R = user_R[row_R], item_R[row_R]
     counts = {"events": len(row_R), "users": len(np.unique(user_R)), "items": len(np.unique(item_R))}
     found = [*problems, *count_problems(counts, expected or {})]
-    if len(row_R) < len(keep_R):
+    if later := int((~first_R).sum()):
+        note = "of one user and item only the earliest review counts for the core, as in the published splits"
+        found.append(Problem("later_review", later, "filtered", (note,)))
+    if outside := int(first_R.sum()) - len(row_R):
         note = f"{core}-core: {len(row_R)} reviews of {counts['users']} users and {counts['items']} items are left"
-        found.append(Problem("outside_core", len(keep_R) - len(row_R), "filtered", (note,)))
+        found.append(Problem("outside_core", outside, "filtered", (note,)))
     items = None
     if metadata is not None:
         # Items without metadata stay, without a title.
@@ -88,7 +77,7 @@ def load_amazon(
             found.append(Problem("item_without_metadata", len(without), "kept", tuple(without[:5])))
         items = RawItems(
             name_I,
-            np.array([known.get(str(name), ("", []))[0] for name in name_I], str),
+            as_texts([known.get(str(name), ("", []))[0] for name in name_I]),
             [known.get(str(name), ("", []))[1] for name in name_I],
         )
     return build_dataset(
@@ -126,23 +115,57 @@ def amazon_content(
     """
     wanted = None
     if reviews is not None:
-        pairs = [_pair(line, number, reviews) for number, line in _lines(reviews, literal=False)]
-        user_R, item_R = np.array([user for user, _ in pairs], str), np.array([item for _, item in pairs], str)
-        wanted = set(item_R[k_core(user_R, item_R, core)] if core > 1 else item_R)
+        user_R, item_R, _, time_R, recent_R = _read_reviews(reviews)
+        wanted = set(item_R[_in_core(user_R, item_R, time_R, recent_R, core)[1]])
     rows = list(_read_metadata(metadata, wanted))
     raw_id = np.array([name for name, *_ in rows], str)
-    fields = {name: np.array([row[3][name] for row in rows], str) for name in ("brand", "description", "features")}
-    fields |= {"title": np.array([row[1] for row in rows], str), "categories": joined([row[2] for row in rows])}
-    fields["image_url"] = np.array([row[3]["image_url"] for row in rows], str)
+    fields = {name: as_texts([row[3][name] for row in rows]) for name in ("brand", "description", "features")}
+    fields |= {"title": as_texts([row[1] for row in rows]), "categories": joined([row[2] for row in rows])}
+    fields["image_url"] = as_texts([row[3]["image_url"] for row in rows])
     images = find_images(image_folder, raw_id) if image_folder is not None else no_images(len(raw_id))
     return Content(raw_id, fields, images)
 
 
-def _pair(line: Mapping[str, Any], number: int, path: pathlib.Path) -> tuple[str, str]:
-    user, item, *_ = NAMES_2014 if NAMES_2014[0] in line else NAMES_2023
-    if user not in line or item not in line:
-        raise ValueError(f"{path}:{number}: expected a review with {user} and {item}, found {', '.join(line)}")
-    return str(line[user]), str(line[item])
+def _read_reviews(reviews: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Users, items, ratings, times and whether they are of 2023, [R] each."""
+    rows: tuple[list[Any], ...] = ([], [], [], [])
+    recent = []
+    for number, line in _lines(reviews, literal=False):
+        names = NAMES_2014 if NAMES_2014[0] in line else NAMES_2023
+        if missing := [name for name in names if name not in line]:
+            raise ValueError(
+                f"{reviews}:{number}: expected a review of 2014 ({', '.join(NAMES_2014)}) or 2023 "
+                f"({', '.join(NAMES_2023)}), found no {', '.join(missing)}"
+            )
+        for column, name in zip(rows, names, strict=True):
+            column.append(line[name])
+        recent.append(names == NAMES_2023)
+    user_R, item_R = (np.array(["" if name is None else name for name in column], str) for column in rows[:2])
+    try:
+        label_R = np.array([np.nan if value is None else value for value in rows[2]], np.float64)
+        time_R = np.array([np.nan if value is None else value for value in rows[3]], np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{reviews}: expected numbers as rating and time ({error})") from error
+    return user_R, item_R, label_R, time_R, np.array(recent, bool)
+
+
+def _in_core(
+    user_R: np.ndarray, item_R: np.ndarray, time_R: np.ndarray, recent_R: np.ndarray, core: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which reviews count for the core, and which of these are in it, [R] bool each.
+
+    The scripts of the 2023 data keep the earliest review of each user and item before they look for the core.
+    """
+    first_R = np.ones(len(user_R), bool)
+    if core <= 1:
+        return first_R, first_R
+    pair_R = np.unique(user_R, return_inverse=True)[1] * (len(item_R) + 1) + np.unique(item_R, return_inverse=True)[1]
+    order_R = np.argsort(time_R, kind="stable")  # the file decides ties
+    first_R[recent_R] = False
+    first_R[order_R[np.unique(pair_R[order_R], return_index=True)[1]]] = True
+    keep_R = np.zeros_like(first_R)
+    keep_R[first_R] = k_core(user_R[first_R], item_R[first_R], core)
+    return first_R, keep_R
 
 
 def _read_metadata(path: pathlib.Path, wanted: set[str] | None) -> Iterator[tuple[str, str, list[str], dict[str, str]]]:

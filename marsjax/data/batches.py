@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 import grain.python as grain
 import numpy as np
 
-from marsjax.data.histories import feedback, gather_histories, own_tails
+from marsjax.data.histories import feedback, gather_histories, length_bounds, own_tails
 from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Inputs, Log, Rows, Viewed, Viewing
 
 Batch = TypeVar("Batch")
@@ -244,7 +244,7 @@ def ctr_source(
 
     With `viewing` batch i has the same rows as without; its views are drawn from (seed, i) alone.
     """
-    buckets = tuple(sorted({min(bucket, cap) for bucket in buckets} | {cap}))
+    buckets = length_bounds(buckets, cap)
     own_R, extra_R = history_lengths(rows, row_R, cap=cap, augmentation=augmentation)
     length_R = own_R + extra_R
 
@@ -371,7 +371,7 @@ def evaluation_batches(
     inputs: Inputs = IDS,
 ) -> EvaluationBatches:
     """Every row once, sorted by history length so that short ones share short batches."""
-    bound_K = np.asarray(sorted({min(bucket, cap) for bucket in buckets} | {cap}))
+    bound_K = np.asarray(length_bounds(buckets, cap))
     own_R, extra_R = history_lengths(rows, row_R, cap=cap, augmentation=augmentation)
     bucket_R = np.searchsorted(bound_K, own_R + extra_R)
     order_R = np.argsort(bucket_R, kind="stable")

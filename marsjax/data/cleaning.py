@@ -37,11 +37,16 @@ def float_ids(value_X: np.ndarray) -> np.ndarray:
     return np.where(missing_X, "", (value_X.astype(np.int64) if whole else value_X).astype(str))
 
 
+def as_texts(texts: Sequence[str]) -> np.ndarray:
+    """[I] objects that are str. A fixed-width array takes 4 bytes for each character of the longest text, every row."""
+    return np.array(texts, object)
+
+
 class RawItems(NamedTuple):
     """A catalogue as read: one row an item, not yet numbered."""
 
     raw_id: np.ndarray  # [I] str
-    title: np.ndarray  # [I] str
+    title: np.ndarray  # [I] str or objects that are str
     categories: Sequence[Sequence[str]]  # I lists of names
 
 
@@ -192,7 +197,8 @@ def build_dataset(
     modalities = {
         modality: _modality(modality, raw, raw_id_N, found) for modality, raw in features.items()
     }  # fmt: skip
-    records = Items(raw_id_N, np.concatenate([[""], items.title[kept]]), category_NG, category_names, modalities)
+    title_N = np.concatenate([as_texts([""]), items.title[kept]])
+    records = Items(raw_id_N, title_N, category_NG, category_names, modalities)
     if strict:
         refused = [problem for problem in found if problem.action not in ACCEPTED]
         if refused:
@@ -241,8 +247,8 @@ def _whole(time_R: np.ndarray) -> np.ndarray:
 def _categories(categories: Sequence[Sequence[str]]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Numbered categories [N, G], and their names; the names are numbered in alphabetical order."""
     count_I = np.array([len(names) for names in categories], int)
-    flat = np.array([name for names in categories for name in names], str)
-    known = np.unique(flat[flat != ""]) if len(flat) else np.array([], str)
+    flat = as_texts([name for names in categories for name in names])
+    known = np.unique(flat[flat != ""])
     category_NG = np.zeros((len(categories) + 1, max(int(count_I.max(initial=0)), 1)), np.int32)
     row = np.repeat(np.arange(len(categories)), count_I)
     column = np.arange(len(flat)) - np.repeat(np.cumsum(count_I) - count_I, count_I)
@@ -252,7 +258,8 @@ def _categories(categories: Sequence[Sequence[str]]) -> tuple[np.ndarray, tuple[
 
 
 def _modality(modality: str, raw: RawFeatures, raw_id_N: np.ndarray, found: list[Problem]) -> Modality:
-    """Features in the order of the items; the first row of an id stays. No NaN passes: a row that has one is masked."""
+    """Features in the order of the items; the first row of an id stays. A row that has a NaN, or that is all zero and
+    so stands for none, is masked."""
     feature = np.asarray(raw.feature)
     if feature.ndim != 2 or len(feature) != len(raw.raw_id) or not feature.shape[1]:
         raise ValueError(
@@ -269,15 +276,16 @@ def _modality(modality: str, raw: RawFeatures, raw_id_N: np.ndarray, found: list
     first = np.sort(np.unique(raw_id, return_index=True)[1])
     tell(f"duplicate_{modality}_feature", "dropped", np.setdiff1d(np.arange(len(raw_id)), first))
     raw_id, feature = raw_id[first], feature[first]
-    finite = np.isfinite(feature).all(axis=1)
+    finite, zero = np.isfinite(feature).all(axis=1), ~feature.any(axis=1)
     tell(f"non_finite_{modality}_feature", "masked", np.flatnonzero(~finite))
+    tell(f"zero_{modality}_feature", "masked", np.flatnonzero(zero))
     feature_NF = np.zeros((len(raw_id_N), feature.shape[1]), np.float32)
     present_N = np.zeros(len(raw_id_N), bool)
     at = np.minimum(np.searchsorted(raw_id_N[1:], raw_id), max(len(raw_id_N) - 2, 0))
     known = raw_id_N[1:][at] == raw_id
     # Also what was filtered has no item any more, so this is no fault of the file.
     tell(f"{modality}_of_unknown_item", "ignored", np.flatnonzero(~known))
-    use = finite & known
+    use = finite & ~zero & known
     feature_NF[at[use] + 1] = feature[use]
     present_N[at[use] + 1] = True
     missing = int((~present_N[1:]).sum())

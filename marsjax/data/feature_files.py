@@ -1,4 +1,4 @@
-"""Precomputed item features from .npz, .npy or Parquet, and a cheap check of image folders."""
+"""Precomputed item features from .npz, .npy or Parquet."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from marsjax.data.cleaning import SHOWN, RawFeatures, float_ids
-from marsjax.records import Problem
+from marsjax.data.cleaning import RawFeatures, float_ids
 
 ID_KEYS = ("item_id", "movie_id", "id")
-TAIL = 1024  # bytes: the end of an image, and what some programs pad it with
 
 
 def read_features(path: pathlib.Path, *, item_ids: np.ndarray | None = None) -> RawFeatures:
@@ -85,35 +83,3 @@ def _numeric(feature: np.ndarray, path: pathlib.Path) -> np.ndarray:
     if feature.dtype.kind not in "fiu":
         raise ValueError(f"{path}: expected vectors of numbers, found {feature.dtype}; write them as float32")
     return feature
-
-
-def image_folder_problems(folder: pathlib.Path, item_ids: np.ndarray) -> list[Problem]:
-    """Which items have no image in `folder` (ID.jpg, .jpeg or .png) and which images are cut off.
-
-    Only the first and last bytes are read: a whole JPEG ends with its end marker and a whole PNG with IEND. The images
-    are looked at and not used (vectors are made elsewhere), so a cut one is noted, and no feature goes with it.
-
-    Raises ValueError where the folder does not exist.
-    """
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: expected a folder of images named by item id, found none")
-    paths = {path.stem: path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")}
-    missing = [str(item) for item in item_ids if str(item) not in paths]
-    broken = [paths[str(item)].name for item in item_ids if str(item) in paths and not _is_whole(paths[str(item)])]
-    problems = []
-    if missing:
-        problems.append(Problem("missing_image", len(missing), "kept", tuple(f"item {i}" for i in missing[:SHOWN])))
-    if broken:
-        problems.append(Problem("truncated_image", len(broken), "noted", tuple(broken[:SHOWN])))
-    return problems
-
-
-def _is_whole(path: pathlib.Path) -> bool:
-    with path.open("rb", buffering=0) as file:
-        head = file.read(8)
-        file.seek(max(path.stat().st_size - TAIL, 0))
-        tail = file.read(TAIL)
-    if head == b"\x89PNG\r\n\x1a\n":
-        return b"IEND" in tail[-64:]
-    return head.startswith(b"\xff\xd8") and tail.rstrip(b"\0\r\n ").endswith(b"\xff\xd9")

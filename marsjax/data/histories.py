@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from marsjax.records import LOW, TRAIN, Histories, Rows
@@ -10,6 +12,11 @@ from marsjax.records import LOW, TRAIN, Histories, Rows
 def feedback(label_X: np.ndarray) -> np.ndarray:
     """The mark of a history item [X] int8: 2 liked, 1 not liked."""
     return 1 + (label_X > 0).astype(np.int8)
+
+
+def length_bounds(buckets: Iterable[int], cap: int) -> tuple[int, ...]:
+    """Lengths that histories are padded to, ascending: of the buckets those below the cap, and the cap."""
+    return tuple(sorted({min(int(bucket), cap) for bucket in buckets} | {cap}))
 
 
 def gather_histories(histories: Histories, user_Q: np.ndarray, end_Q: np.ndarray, *, cap: int) -> np.ndarray:

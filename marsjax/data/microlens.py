@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from marsjax.data.checks import count_problems
-from marsjax.data.cleaning import RawItems, build_dataset
+from marsjax.data.cleaning import RawItems, as_texts, build_dataset
 from marsjax.data.content import find_images, no_images
 from marsjax.data.feature_files import read_features
 from marsjax.records import Content, Dataset, Problem
@@ -61,7 +61,7 @@ def load_microlens(
     items = None
     if titles is not None:
         title_of = {row[0]: row[1] for row in _read(titles, ("item", "title"))}
-        items = RawItems(name_I, np.array([title_of.get(str(name), "") for name in name_I], str), [()] * len(name_I))
+        items = RawItems(name_I, as_texts([title_of.get(str(name), "") for name in name_I]), [()] * len(name_I))
     return build_dataset(
         name=pathlib.Path(pairs).name.split("_")[0].lower(),
         user_R=user_R[row_R],
@@ -104,7 +104,7 @@ def microlens_content(titles: pathlib.Path, *, image_folder: pathlib.Path | None
     rows = _read(titles, ("item", "title"))
     raw_id = np.array([row[0] for row in rows], str)
     images = find_images(image_folder, raw_id) if image_folder is not None else no_images(len(rows))
-    return Content(raw_id, {"title": np.array([row[1] for row in rows], str)}, images)
+    return Content(raw_id, {"title": as_texts([row[1] for row in rows])}, images)
 
 
 def _read(path: pathlib.Path, names: tuple[str, ...]) -> list[list[str]]:

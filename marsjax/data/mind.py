@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from marsjax.data.checks import count_problems
-from marsjax.data.cleaning import RawItems, build_dataset
+from marsjax.data.cleaning import RawItems, as_texts, build_dataset
 from marsjax.data.content import no_images
 from marsjax.data.feature_files import read_features
 from marsjax.records import Content, Dataset, Problem
@@ -75,7 +75,7 @@ def load_mind(
         label_R=np.array(label, np.float64)[order_R],
         time_R=np.array(time, np.int64)[order_R],
         where=lambda at: [f"{folders[part[row]]}/behaviors.tsv:{line[row]}" for row in order_R[at]],
-        items=RawItems(raw_id, np.array([row[3] for row in rows.values()], str), [row[1:3] for row in rows.values()]),
+        items=RawItems(raw_id, as_texts([row[3] for row in rows.values()]), [row[1:3] for row in rows.values()]),
         features={name: read_features(path) for name, path in features.items()},
         min_item_events=min_item_events,
         min_user_events=min_user_events,
@@ -87,7 +87,7 @@ def load_mind(
 def mind_content(folders: Sequence[pathlib.Path]) -> Content:
     """What news are encoded from: category, subcategory, title and abstract. Raises ValueError as `load_mind` does."""
     rows = _read_news(folders)
-    columns = {name: np.array([row[at] for row in rows.values()], str) for at, name in enumerate(NEWS) if at}
+    columns = {name: as_texts([row[at] for row in rows.values()]) for at, name in enumerate(NEWS) if at}
     return Content(np.array([*rows], str), columns, no_images(len(rows)))
 
 

@@ -8,9 +8,9 @@ import pathlib
 import numpy as np
 
 from marsjax.data.checks import sum_problems
-from marsjax.data.cleaning import Ids, RawItems, build_dataset
-from marsjax.data.content import find_images, joined, no_images, read_texts
-from marsjax.data.feature_files import image_folder_problems, read_features
+from marsjax.data.cleaning import Ids, RawItems, as_texts, build_dataset
+from marsjax.data.content import find_images, image_problems, joined, no_images, read_texts
+from marsjax.data.feature_files import read_features
 from marsjax.records import Content, Dataset, Problem
 
 # Counts of the official files (README of the download), and of items with at least 5 ratings.
@@ -27,6 +27,7 @@ def load_movielens(
     image_folder: pathlib.Path | None = None,
     label_threshold: float | None = 4.0,
     min_item_events: int = 5,
+    min_user_events: int = 1,
     strict: bool = False,
     checksums: pathlib.Path | None = None,
 ) -> Dataset:
@@ -75,7 +76,7 @@ def load_movielens(
                     problems.append(Problem("checksum_differs", 1, "noted", (archive.name,)))
             break
     if image_folder is not None:
-        problems += image_folder_problems(image_folder, raw_id)
+        problems += image_problems(raw_id, find_images(image_folder, raw_id))
     named = {"text": text_features, "image": image_features}
     return build_dataset(
         name="ml1m",
@@ -88,6 +89,7 @@ def load_movielens(
         features={name: read_features(path) for name, path in named.items() if path is not None},
         label_threshold=label_threshold,
         min_item_events=min_item_events,
+        min_user_events=min_user_events,
         strict=strict,
         problems=problems,
     )
@@ -109,7 +111,7 @@ def movielens_content(
     fields = {"title": items.title, "categories": joined(items.categories)}
     if texts is not None:
         text_of = read_texts(texts)
-        fields["text"] = np.array([text_of.get(str(name), "") for name in items.raw_id], str)
+        fields["text"] = as_texts([text_of.get(str(name), "") for name in items.raw_id])
     images = find_images(image_folder, items.raw_id) if image_folder is not None else no_images(len(items.raw_id))
     return Content(items.raw_id, fields, images)
 
@@ -121,7 +123,7 @@ def _read_movies(folder: pathlib.Path) -> RawItems:
             raise ValueError(f"{folder / 'movies.dat'}:{number}: expected movie::title::genres, found {fields}")
     return RawItems(
         np.array([fields[0] for fields in movies]),
-        np.array([fields[1] for fields in movies]),
+        as_texts([fields[1] for fields in movies]),
         [fields[2].split("|") for fields in movies],
     )
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from marsjax.data.cleaning import Ids, RawItems, build_dataset, float_ids
-from marsjax.data.content import find_images, no_images
-from marsjax.records import Content, Dataset
+from marsjax.data.checks import count_problems
+from marsjax.data.cleaning import Ids, RawItems, as_texts, build_dataset, float_ids
+from marsjax.data.content import find_images, image_problems, no_images
+from marsjax.records import Content, Dataset, Problem
 
 Table = Any  # pyarrow.Table; the package may be missing, so its types have no name here
 Column = Any  # pyarrow.ChunkedArray
@@ -27,7 +28,9 @@ def load_tabular(
     label_threshold: float | None = None,
     min_item_events: int = 1,
     min_user_events: int = 1,
+    expected: Mapping[str, int] | None = None,
     strict: bool = False,
+    problems: tuple[Problem, ...] = (),
 ) -> Dataset:
     """Reads one row an interaction, and optionally one row an item.
 
@@ -36,41 +39,48 @@ def load_tabular(
     microseconds, all of them; a timestamp's parts of a microsecond are cut.
 
     Args:
-        columns: our names (user, item, label, time; of the items file item, title, categories) -> the files' names.
+        columns: our names (user, item, label, time; of the items file item, title, categories, image) -> the files'
+            names.
         features: modality -> file of vectors, see `feature_files.read_features`.
-        image_folder: images named by item id; missing and cut-off ones are reported.
+        image_folder: images named by item id, or as the column of images says; missing and cut-off ones are reported.
         label_threshold: label = value >= threshold; None wants 0 and 1.
+        expected: published counts of events, and of users and items that have some; 0 is not checked.
+        problems: what was found before.
 
     Raises:
         ValueError: missing file or column, damaged file, or what `cleaning.build_dataset` refuses.
         ImportError: pyarrow is not installed.
     """
-    from marsjax.data.feature_files import image_folder_problems, read_features
+    from marsjax.data.feature_files import read_features
 
     named = {ours: columns.get(ours, ours) for ours in ("user", "item", "label", "time")}
     events = read_table(events_path, text=(named["user"], named["item"]))
     user, item, label, time = (_need(events, theirs, ours, events_path) for ours, theirs in named.items())
     item_ids = read_ids(item, "item", events_path)
-    items = None
+    items, pictures = None, None
     if items_path is not None:
-        named = {"item": named["item"]} | {ours: columns[ours] for ours in ("title", "categories") if ours in columns}
+        optional = ("title", "categories", *(["image"] if image_folder is not None else []))
+        named = {"item": named["item"]} | {ours: columns[ours] for ours in optional if ours in columns}
         table = read_table(items_path, text=named.values())
         strings = {
-            ours: read_ids(
-                _joined(_need(table, theirs, ours, items_path), category_separator), ours, items_path
-            ).strings()
+            ours: read_texts(_joined(_need(table, theirs, ours, items_path), category_separator), ours, items_path)
             for ours, theirs in named.items()
         }
         blank = np.full(table.num_rows, "")
         categories = [
             str(names).split(category_separator) if names else [] for names in strings.get("categories", blank)
         ]
-        items = RawItems(strings["item"], strings.get("title", blank), categories)
+        items = RawItems(strings["item"].astype(str), strings.get("title", blank), categories)
+        pictures = strings.get("image")
     known = items.raw_id if items is not None else np.unique(item_ids.name_X[item_ids.name_X != ""])
-    problems = image_folder_problems(image_folder, known) if image_folder is not None else []
+    user_ids = read_ids(user, "user", events_path)
+    counts = {"events": events.num_rows, "users": _occurring(user_ids), "items": _occurring(item_ids)}
+    found = [*problems, *count_problems(counts, expected or {})]
+    if image_folder is not None:
+        found += image_problems(known, find_images(image_folder, known if pictures is None else pictures))
     return build_dataset(
         name=pathlib.Path(events_path).stem,
-        user_R=read_ids(user, "user", events_path),
+        user_R=user_ids,
         item_R=item_ids,
         label_R=_numbers(_mend(label, events_path), "label", events_path),
         time_R=_times(_mend(time, events_path), events_path),
@@ -84,8 +94,24 @@ def load_tabular(
         min_item_events=min_item_events,
         min_user_events=min_user_events,
         strict=strict,
-        problems=problems,
+        problems=found,
     )
+
+
+def image_names(*, items_path: pathlib.Path, item: str, image: str) -> dict[str, str]:
+    """Id -> the name of its image, of the columns `item` and `image`. Raises as `tabular_content`."""
+    table = read_table(items_path, text={item, image})
+    item_I, image_I = (
+        read_texts(_need(table, name, ours, items_path), ours, items_path)
+        for name, ours in ((item, "item"), (image, "image"))
+    )
+    return dict(zip(item_I[::-1], image_I[::-1], strict=True))  # the first of equal ids counts
+
+
+def _occurring(ids: Ids) -> int:
+    """How many different ids there are."""
+    name_X = np.unique(ids.name_X[np.unique(ids.code_R)])
+    return int((name_X != "").sum())
 
 
 def tabular_content(
@@ -110,9 +136,9 @@ def tabular_content(
     table = read_table(items_path, text={item, *fields, *([image] if image else [])})
 
     def strings(name: str, ours: str) -> np.ndarray:
-        return read_ids(_joined(_need(table, name, ours, items_path), ", "), ours, items_path).strings()
+        return read_texts(_joined(_need(table, name, ours, items_path), ", "), ours, items_path)
 
-    raw_id = strings(item, "item")
+    raw_id = strings(item, "item").astype(str)
     images = no_images(len(raw_id))
     if image_folder is not None:
         images = find_images(image_folder, strings(image, "image") if image else raw_id)
@@ -150,9 +176,11 @@ def read_table(path: pathlib.Path, *, text: Collection[str] = ()) -> Table:
         if path.suffix in (".parquet", ".pq"):
             return pyarrow.parquet.read_table(path)
         if path.suffix in (".csv", ".tsv"):
+            # Descriptions have line breaks, in quotes: without the option one that lies across two blocks is refused.
+            layout = pyarrow.csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
             table = pyarrow.csv.read_csv(
                 path,
-                parse_options=pyarrow.csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ","),
+                parse_options=layout,
                 convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(text, pyarrow.string())),
             )
             for position, name in enumerate(table.column_names):
@@ -199,7 +227,7 @@ def _need(table: Table, column: str, ours: str, path: pathlib.Path) -> Column:
 
 
 def read_ids(column: Column, ours: str, path: pathlib.Path) -> Ids:
-    """Ids, titles or categories as text; missing ones are "".
+    """Ids as text; missing ones are "".
 
     The names are made text by Arrow, for NumPy would take whole numbers with gaps through floats, which merge those
     from 2^53 on. Floats are made text by `float_ids`.
@@ -207,21 +235,33 @@ def read_ids(column: Column, ours: str, path: pathlib.Path) -> Ids:
     Raises:
         ValueError: the column holds lists or the like.
     """
+    code_R, name_X = _encoded(column, ours, path)
+    return Ids(code_R, np.append(np.array(name_X, str), ""))
+
+
+def read_texts(column: Column, ours: str, path: pathlib.Path) -> np.ndarray:
+    """Titles, descriptions or categories, [R] objects that are str; missing ones are "". Otherwise as `read_ids`."""
+    code_R, name_X = _encoded(column, ours, path)
+    return as_texts([*name_X, ""])[code_R]
+
+
+def _encoded(column: Column, ours: str, path: pathlib.Path) -> tuple[np.ndarray, list[str]]:
+    """Numbers [R] of distinct names, and these [X]; X is the number of what is missing."""
     import pyarrow
 
     try:
         encoded = column.dictionary_encode().combine_chunks()
         names = encoded.dictionary
         if pyarrow.types.is_floating(names.type):
-            name_X = float_ids(names.to_numpy(zero_copy_only=False))
+            name_X = float_ids(names.to_numpy(zero_copy_only=False)).tolist()
         else:
-            name_X = np.array(names.cast(pyarrow.string()).fill_null("").to_pylist(), str)
+            name_X = names.cast(pyarrow.string()).fill_null("").to_pylist()
         code_R = encoded.indices.cast(pyarrow.int64()).fill_null(len(name_X)).to_numpy(zero_copy_only=False)
     except pyarrow.ArrowException as error:
         raise ValueError(
             f"{path}: expected text or numbers for {ours}, found {column.type} ({error}); write it as text"
         ) from error
-    return Ids(code_R, np.append(name_X, ""))
+    return code_R, name_X
 
 
 def _times(column: Column, path: pathlib.Path) -> np.ndarray:

@@ -13,7 +13,7 @@ from marsjax import files
 from marsjax.evaluation.plots import STYLE, Plot, escape, points, shown, svg
 
 MOST_BYTES = 200_000  # of an image that is embedded
-MAGIC = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
+MAGIC = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png", b"GIF8": "image/gif", b"RIFF": "image/webp"}
 NUMBER = re.compile(r"[+\-\u2212]?(\d[\d,]*)?\.?\d+(e[+-]?\d+)?%?(?![^\s,;)])", re.IGNORECASE)
 NOTHING = {"", "-", "\u2013", "\u2014", "nan", "n/a"}  # cells of numbers that are missing
 # The page may load nothing, whatever is written into it.

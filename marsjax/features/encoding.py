@@ -3,12 +3,12 @@
 While a modality is encoded, its rows go to a journal beside the results, one record a row with the sum of its bytes.
 What an earlier run left there, or in the results themselves, is used again where the content of the item (its rendered
 text, or the bytes of its image) and the facts of the encoder are the same. So a run that was killed goes on, and after
-a change of some items only these are encoded.
+a change of some items only these are encoded. The results hold a sum of these facts, so that they are one file which is
+replaced at once: the manifest tells of them and decides nothing.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import pathlib
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from marsjax import files
-from marsjax.features.images import BrokenImage, read_image
+from marsjax.features.images import PIXELS, BrokenImage, read_image
 from marsjax.features.signature import Encoder
 from marsjax.progress import progress
 from marsjax.records import Problem
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SHOWN = 5  # places that a problem names
 CHUNK = 1024  # rows that are copied at a time
+KEYS = {"embedding", "content_sha256", "cut", "facts_sha256"}  # of results that may be used again
 DTYPES = ("float32", "float16")
 
 
@@ -38,18 +39,19 @@ class Reader(NamedTuple):
 
     content: Callable[[Any], bytes]  # may raise OSError
     decode: Callable[[bytes], Any]  # may raise BrokenImage
+    weigh: Callable[[Any], int] = lambda value: 0  # pixels of what was decoded
 
 
 READERS = {
     "text": Reader(lambda text: text.encode("utf-8", "surrogatepass"), lambda data: data.decode("utf-8", "replace")),
-    "image": Reader(lambda path: path.read_bytes(), read_image),
+    "image": Reader(lambda path: path.read_bytes(), read_image, lambda image: image.width * image.height),
 }
 
 
 class Made(NamedTuple):
     """The features of one modality."""
 
-    path: pathlib.Path  # .npz with item_id, embedding, content_sha256 and cut, in the order of the items
+    path: pathlib.Path  # .npz with item_id, embedding, content_sha256, cut (in the order of the items) and facts_sha256
     problems: tuple[Problem, ...]
 
 
@@ -62,6 +64,7 @@ def encode_items(
     *,
     folder: pathlib.Path,
     facts: Mapping[str, Any],
+    notes: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     strict: bool = False,
 ) -> Made:
@@ -73,6 +76,7 @@ def encode_items(
         raw_id_I: [I] str. The first of equal ids counts.
         value_I: I values for `reader.content`; None or "" is missing.
         facts: what the manifest says beside the facts of the encoder (the template, ...).
+        notes: what the manifest says too, and no vector depends on (where a model lies).
         dtype: of the vectors in the file, float32 or float16. A number that float16 cannot hold is broken.
         strict: refuse broken items and repeated ids once all is read; what was encoded stays in the journal.
 
@@ -86,31 +90,36 @@ def encode_items(
     record = np.dtype(
         [("content", "u1", 32), ("cut", "?"), ("row", np.dtype(dtype).newbyteorder("<"), encoder.width), ("sum", "<u4")]
     )
-    journal = folder / f".{modality}-{files.digest_json(whole)[:12]}.partial"
+    facts_sha256 = files.digest_json(whole)
+    journal = folder / f".{modality}-{facts_sha256[:12]}.partial"
     _, first = np.unique(raw_id_I, return_index=True)
     use = np.sort(first)
     repeated = np.setdiff1d(np.arange(len(raw_id_I)), use)
-    known = _Known(folder, modality, whole)
     content: dict[int, bytes] = {}  # item -> sha256 of its content, of items that have a vector
     broken: dict[str, str] = {}  # id -> reason
     missing = []
-    with journal.open("a+b") as file:
-        _lock(file, folder)
+    alone = f"{folder}: expected to be alone, found another process encoding the same; wait for it"
+    with files.locked(folder / f".{modality}.lock", held=alone), journal.open("a+b") as file:
+        known = _Known(folder / f"{modality}.npz", facts_sha256)
         place = _mend(file, record)  # content -> record
         batch: dict[bytes, tuple[list[int], Any]] = {}
+        weight = 0  # of the batch
 
         def flush() -> None:
+            nonlocal weight
             if not batch:
                 return
             encoded = encoder.encode([value for _, value in batch.values()])
             with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and broken below
                 row_BF = encoded.row_BF.astype(record["row"].base)
-            good_B = np.isfinite(row_BF).all(axis=1)
+            finite_B = np.isfinite(row_BF).all(axis=1)
+            good_B = finite_B & row_BF.any(axis=1)  # zeros have no direction, and would pass for a vector
             record_B = np.zeros(int(good_B.sum()), record)
             at = 0
             for row, (digest, (items, _)) in enumerate(batch.items()):
                 if not good_B[row]:
-                    broken.update({str(raw_id_I[item]): "no finite vector" for item in items})
+                    reason = "a zero vector" if finite_B[row] else "no finite vector"
+                    broken.update({str(raw_id_I[item]): reason for item in items})
                     continue
                 record_B[at]["content"] = np.frombuffer(digest, np.uint8)
                 record_B[at]["cut"], record_B[at]["row"] = encoded.cut_B[row], row_BF[row]
@@ -119,6 +128,7 @@ def encode_items(
                 content.update(dict.fromkeys(items, digest))
                 at += 1
             batch.clear()
+            weight = 0
             _append(file, record_B.tobytes(), journal)
 
         with progress(f"{modality} features", len(use)) as advance:
@@ -138,9 +148,11 @@ def encode_items(
                         batch[digest][0].append(item)
                         continue
                     batch[digest] = [item], reader.decode(data)
+                    weight += reader.weigh(batch[digest][1])
                 except (BrokenImage, OSError) as error:
                     broken[str(raw_id_I[item])] = str(error)
-                if len(batch) >= encoder.batch:
+                # Large images wait for no others, so that memory is bounded.
+                if len(batch) >= encoder.batch or weight >= PIXELS:
                     flush()
             flush()
         problems = _problems(modality, raw_id_I, repeated, missing, broken)
@@ -162,24 +174,27 @@ def encode_items(
         digest_I = [content[item] for item in item_I]
         record_J: Any = np.memmap(journal, record, "r", shape=(len(place),)) if place else np.zeros(0, record)
         path = folder / f"{modality}.npz"
-        cut_I = _write(path, raw_id_I[item_I], digest_I, record_J, place, known, record["row"])
-    manifest = files.read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
-    entry = {
-        **whole,
-        "sha256": files.sha256_file(path),
-        "items": len(use),
-        "vectors": len(item_I),
-        "missing": len(missing),
-        "broken": broken,
-        "repeated_ids": len(repeated),
-        "cut": int(cut_I.sum()),
-    }
-    if cut_I.any():
-        where = tuple(f"item {raw_id_I[item]}" for item in np.array(item_I)[cut_I][:SHOWN])
-        problems += (Problem(f"long_{modality}", int(cut_I.sum()), "kept", where),)
-    files.write_json(folder / MANIFEST, {**manifest, modality: entry})
-    for left in folder.glob(f".{modality}-*.partial"):
-        left.unlink()
+        cut_I = _write(path, facts_sha256, raw_id_I[item_I], digest_I, record_J, place, known, record["row"])
+        entry = {
+            **whole,
+            **(notes or {}),
+            "sha256": files.sha256_file(path),
+            "items": len(use),
+            "vectors": len(item_I),
+            "missing": len(missing),
+            "broken": broken,
+            "repeated_ids": len(repeated),
+            "cut": int(cut_I.sum()),
+        }
+        if cut_I.any():
+            where = tuple(f"item {raw_id_I[item]}" for item in np.array(item_I)[cut_I][:SHOWN])
+            problems += (Problem(f"long_{modality}", int(cut_I.sum()), "kept", where),)
+        with files.locked(folder / ".manifest.lock", held=None):  # other modalities may be at work
+            manifest = files.read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+            files.write_json(folder / MANIFEST, {**manifest, modality: entry})
+        # Also what a kill left of results that were being written.
+        for left in (*folder.glob(f".{modality}-*.partial"), *folder.glob(f".{modality}.npz.*.partial")):
+            left.unlink()
     log.info("%s: %d vectors of %d items, %d made anew", path, len(item_I), len(use), len(place))
     return Made(path, problems)
 
@@ -191,20 +206,35 @@ class _Known:
         place: sha256 of a content -> its row.
     """
 
-    def __init__(self, folder: pathlib.Path, modality: str, facts: Mapping[str, Any]):
+    def __init__(self, path: pathlib.Path, facts_sha256: str):
         self.place: dict[bytes, int] = {}
-        path = folder / f"{modality}.npz"
-        if not path.exists() or not (folder / MANIFEST).exists():
+        if not path.exists():
             return
-        entry = files.read_json(folder / MANIFEST).get(modality, {})
-        if any(entry.get(name) != value for name, value in facts.items()):
-            log.info("%s was made in another way and is made anew", path)
+        if not _is_whole(path):
+            log.warning("%s is damaged and is made anew", path)
             return
-        if entry.get("sha256") != files.sha256_file(path):
-            log.warning("%s does not match its sum in %s and is made anew", path, folder / MANIFEST)
-            return
+        with np.load(path) as arrays:
+            if not set(arrays) >= KEYS or str(arrays["facts_sha256"]) != facts_sha256:
+                log.info("%s was made in another way and is made anew", path)
+                return
         self.row_IF, self.cut_I = _map_array(path, "embedding"), _map_array(path, "cut")
         self.place = {digest.tobytes(): row for row, digest in enumerate(_map_array(path, "content_sha256"))}
+
+
+def _is_whole(path: pathlib.Path) -> bool:
+    """Whether all members of an archive have the sums that it lists."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+    ):  # as what is damaged may raise
+        return False
 
 
 def _map_array(path: pathlib.Path, name: str) -> np.ndarray:
@@ -222,6 +252,7 @@ def _map_array(path: pathlib.Path, name: str) -> np.ndarray:
 
 def _write(
     path: pathlib.Path,
+    facts_sha256: str,
     id_I: np.ndarray,
     digest_I: Sequence[bytes],
     record_J: np.ndarray,
@@ -242,6 +273,7 @@ def _write(
         "item_id": id_I,
         "content_sha256": np.frombuffer(b"".join(digest_I), np.uint8).reshape(-1, 32),
         "cut": cut_I,
+        "facts_sha256": np.array(facts_sha256),
     }
     # ZipFile.open gives every member a date, and the archive would differ from one run to the next: it is fixed here.
     with files.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
@@ -279,18 +311,6 @@ def _problems(
 def _sum(record: np.void) -> int:
     """Of all bytes of a record but the sum itself."""
     return zlib.crc32(record.tobytes()[:-4])
-
-
-def _lock(file: BinaryIO, folder: pathlib.Path) -> None:
-    """Holds the journal; the lock goes with the process, however that ends."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(
-            f"{folder}: expected to be alone, found another process encoding the same; wait for it"
-        ) from error
-    except OSError as error:  # some network disks have no locks
-        log.warning("%s cannot be locked (%s): let no other process write there", folder, error)
 
 
 def _mend(file: BinaryIO, record: np.dtype) -> dict[bytes, int]:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from marsjax.files import digest_json, sha256_file
 
+SETTINGS = ("*.json", "*.txt", "*.model")
+
 
 class Found(NamedTuple):
     """A model on disk."""
@@ -17,6 +19,7 @@ class Found(NamedTuple):
     folder: pathlib.Path
     revision: str  # the commit on the hub, or the name of a folder
     sha256: str  # over names and sums of all files of weights
+    settings_sha256: str  # and of the files beside them: the configuration, the tokenizer, its words
 
 
 def need_transformers(encoder: str) -> tuple[Any, Any]:
@@ -47,7 +50,7 @@ def find_model(encoder: str, name: str, revision: str) -> Found:
         import huggingface_hub
 
         try:
-            patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
+            patterns = ["*.safetensors", *SETTINGS]
             folder = pathlib.Path(
                 huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=patterns)
             )
@@ -59,7 +62,16 @@ def find_model(encoder: str, name: str, revision: str) -> Found:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{folder}: expected weights in *.safetensors, found none; save the model in this format")
-    return Found(folder, folder.name, digest_json([[path.name, sha256_file(path)] for path in weights]))
+    return Found(folder, folder.name, _sums(weights), settings_sum(folder))
+
+
+def settings_sum(folder: pathlib.Path) -> str:
+    """sha256 over names and sums of all files that are no weights but decide what a model makes of a text or image."""
+    return _sums(sorted(path for ending in SETTINGS for path in folder.glob(ending) if path.is_file()))
+
+
+def _sums(paths: list[pathlib.Path]) -> str:
+    return digest_json([[path.name, sha256_file(path)] for path in paths])
 
 
 def check_width(encoder: str, found: int, expected: int) -> None:

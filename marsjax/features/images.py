@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-PIXELS = (
-    100_000_000  # 300 MB as RGB: what is larger is an error or an attack (a decompression bomb), not a product photo
-)
+# 400 MB as Pillow holds RGB: what is larger is an error or an attack (a decompression bomb), not a product photo.
+# Images that are encoded together have at most twice as many.
+PIXELS = 100_000_000
 
 
 class BrokenImage(ValueError):
@@ -61,12 +61,14 @@ def _rgb(image: Any) -> Any:
     import PIL.Image
 
     if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits: convert() would clip all above 255 to white
-        value_YX = np.asarray(image).astype(np.float64)
-        if not np.isfinite(value_YX).all():
+        value_YX = np.array(image, np.float32)  # one copy, which is worked in: an image may have PIXELS
+        least, most = float(value_YX.min()), float(value_YX.max())
+        if not np.isfinite([least, most]).all():  # NaN is the least and the most of what has one
             raise BrokenImage("pixels that are no finite numbers")
-        top = 65535.0 if image.mode.startswith("I") else max(float(value_YX.max()), 1.0)
-        grey_YX = (value_YX.clip(0, top) / top * 255).round().astype(np.uint8)
-        return PIL.Image.fromarray(grey_YX).convert("RGB")
+        top = 65535.0 if image.mode.startswith("I") else max(most, 1.0)
+        value_YX.clip(0, top, out=value_YX)
+        value_YX *= 255 / top
+        return PIL.Image.fromarray(np.rint(value_YX, out=value_YX).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -58,6 +58,7 @@ def make_llama(options: Options, texts: Sequence[str]) -> Encoder:
         "model": config.model_type,
         "revision": found.revision,
         "weights_sha256": found.sha256,
+        "settings_sha256": found.settings_sha256,
         "pooling": "mean over the tokens of the last layer, padding left out",
         "normalisation": "none",
         "max_tokens": length,

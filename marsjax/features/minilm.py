@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from marsjax.features.hub import settings_sum
 from marsjax.features.packaged import Packaged, check_sum, find_weights
 from marsjax.features.signature import Encoded, Encoder, Options
 from marsjax.files import read_json, sha256_file
@@ -90,6 +91,8 @@ def make_minilm(options: Options, texts: Sequence[str]) -> Encoder:
         "normalisation": "l2",
         "max_tokens": length,
     }
+    if options.model:  # the sum of the packaged weights stands for all of their package
+        facts["settings_sha256"] = settings_sum(path.parent)
     return Encoder(shape["hidden_size"], options.batch or BATCH, facts, encode)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from marsjax.data.feature_files import read_features
 from marsjax.features.signature import Encoded, Encoder, Options
-from marsjax.files import sha256_file
+from marsjax.files import digest_json, sha256_file
 
 BATCH = 4096
 
@@ -44,4 +44,6 @@ def make_precomputed(options: Options, ids: Sequence[str]) -> Encoder:
         return Encoded(row_BF, np.zeros(len(batch), bool))
 
     facts = {"encoder": "precomputed", "file": options.file.name, "weights_sha256": sha256_file(options.file)}
+    if options.file.suffix == ".npy":  # the order of the items says which row is whose
+        facts["ids_sha256"] = digest_json([str(name) for name in ids])
     return Encoder(feature_IF.shape[1], options.batch or BATCH, facts, encode)

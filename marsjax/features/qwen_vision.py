@@ -72,6 +72,7 @@ def make_qwen_vision(options: Options, images: Sequence[Any]) -> Encoder:
         "encoder": "qwen_vision",
         "revision": found.revision,
         "weights_sha256": found.sha256,
+        "settings_sha256": found.settings_sha256,
         "pooling": f"mean over merged patches; images are resized to {MIN_PIXELS} to {MAX_PIXELS} pixels",
         "normalisation": "none",
         "computed_in": str(dtype).removeprefix("torch."),

@@ -14,6 +14,7 @@ import numpy as np
 
 from marsjax import files
 from marsjax.ctr import objective
+from marsjax.data.histories import length_bounds
 from marsjax.serving import people, scoring, versions
 from marsjax.serving.bundle import Bundle, continue_bundle, item_numbers, user_numbers
 from marsjax.serving.events import Entry, Event, decode_event, encode_event, read_history
@@ -192,8 +193,7 @@ def _train(
     lifted = objective.lifted_step(bundle.model, optimizer, "single")
     tables = lifted.replicate(jax.device_get(bundle.tables._replace(vector_ND=None)))
     device = lifted.replicate(state)
-    cap = int(cfg["cap"])
-    bounds = sorted({min(int(bucket), cap) for bucket in cfg["buckets"]} | {cap})
+    bounds = length_bounds(cfg["buckets"], int(cfg["cap"]))
     length_X = np.array([len(scoring.history(bundle, row)[0]) for row in rows])
     order_X = np.random.default_rng(int(state.step)).permutation(len(rows))
     order_X = order_X[np.argsort(np.searchsorted(bounds, length_X[order_X]), kind="stable")]

@@ -176,19 +176,16 @@ def by_snapshot(
 
 
 class Compilations:
-    """Counts what XLA compiles, apart for threads that are warming up and for all others."""
+    """Counts what XLA compiles, save on threads that are warming up."""
 
     def __init__(self) -> None:
-        self.before, self.serving = 0, 0
+        self.serving = 0
         self._here = threading.local()
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
     def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            if getattr(self._here, "warming", False):
-                self.before += 1
-            else:
-                self.serving += 1
+        if event == "/jax/core/compile/backend_compile_duration" and not getattr(self._here, "warming", False):
+            self.serving += 1
 
     @contextlib.contextmanager
     def warming(self) -> Iterator[None]:

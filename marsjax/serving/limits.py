@@ -52,8 +52,7 @@ class Limits:
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._most_bytes:
-            await _discard(receive, DISCARD_TIMES * self._most_bytes)
-            await _refuse(sending, 413, self._too_large(), [(b"connection", b"close")])
+            await self._refuse_body(receive, sending, read)
             return
 
         async def receiving() -> Any:
@@ -67,9 +66,8 @@ class Limits:
         with contextlib.suppress(TooLarge):
             await self._app(scope, receiving, sending)
         if read > self._most_bytes and not began:
-            await _discard(receive, DISCARD_TIMES * self._most_bytes - read)
-            read = 0
-            await _refuse(sending, 413, self._too_large(), [(b"connection", b"close")])
+            already, read = read, 0
+            await self._refuse_body(receive, sending, already)
 
     def _admits(self, scope: Scope) -> bool:
         if scope["path"] in ("/healthz", "/readyz"):
@@ -82,8 +80,11 @@ class Limits:
             self._left.popitem(last=False)
         return left >= 1
 
-    def _too_large(self) -> str:
-        return f"expected a body of at most {self._most_bytes} bytes, found more"
+    async def _refuse_body(self, receive: Receive, send: Send, read: int) -> None:
+        """Refuses a body that is too large, of which `read` bytes have come."""
+        await _discard(receive, DISCARD_TIMES * self._most_bytes - read)
+        text = f"expected a body of at most {self._most_bytes} bytes, found more"
+        await _refuse(send, 413, text, [(b"connection", b"close")])
 
 
 async def _discard(receive: Receive, most_bytes: int) -> None:

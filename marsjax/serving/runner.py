@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import functools
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
-from marsjax import embeddings, retrieval
+from marsjax import embeddings, files, retrieval
 from marsjax.data.histories import gather_histories
 from marsjax.records import Donors, Histories
 from marsjax.serving import continuation, people, snapshots, versions
@@ -263,24 +262,16 @@ def _publish_lenders(root: pathlib.Path, storage: Storage, model: Model, lenders
 
 @contextlib.contextmanager
 def only_one(root: pathlib.Path) -> Iterator[None]:
-    """One runner of a folder at a time: two would share a name among the consumers of the stream, and a candidate. The
-    lock goes with the process that holds it.
+    """One runner of a folder at a time: two would share a name among the consumers of the stream, and a candidate.
 
     Raises ValueError where another runner has it.
     """
     path = pathlib.Path(root) / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"{root}: expected no other runner, found {file.read() or 'one'}; stop it, or give another --root"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+    holder = path.read_text() if path.exists() else ""
+    held = f"{root}: expected no other runner, found {holder or 'one'}; stop it, or give another --root"
+    with files.locked(path, held=held):
+        path.write_text(f"process {os.getpid()} on {platform.node()}")
         yield
 
 

@@ -117,13 +117,7 @@ def score_rows(bundle: Bundle, rows: Sequence[Row]) -> list[np.ndarray]:
         member_X = np.flatnonzero(bucket_X == bucket).tolist()
         count_X = np.array([len(rows[x].target_C) for x in member_X])
         batches = make_batches(bundle, [rows[x] for x in member_X], int(bounds[bucket]))
-        # All are on their way before the first is waited for.
-        scored = [
-            (objective.probabilities(bundle.model, bundle.params, bundle.statistics, batch, bundle.tables), batch)
-            for batch in batches
-        ]
-        parts = [np.asarray(part_B)[batch.weight_B > 0] for part_B, batch in scored]
-        score_B = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        score_B = objective.score(bundle.model, bundle.params, bundle.statistics, bundle.tables, batches)
         for x, part_C in zip(member_X, np.split(score_B, np.cumsum(count_X)[:-1]), strict=True):
             out[x] = part_C
     return out
