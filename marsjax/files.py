@@ -91,6 +91,17 @@ def copy_file(source: pathlib.Path, path: pathlib.Path) -> None:
     shutil.copyfile(source, path)
 
 
+def sync_folder(folder: pathlib.Path, *, deep: bool = True) -> None:
+    """Waits until a folder, and all in it unless it is not to be `deep`, is on the disk: what points to it next must
+    not outlive it where power is lost."""
+    for path in [*(folder.rglob("*") if deep else ()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def write_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives an empty folder beside `folder` to write into, which takes its place where the block ends well.

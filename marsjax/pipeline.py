@@ -418,7 +418,7 @@ def serve(config: ConfigDict, *, root: pathlib.Path | None) -> None:
         live=cfg.live,
         cache=cfg.cache,
     )
-    storage = _storage(config, root, timeout=max(settings.store_deadline, 0.001), writes=True)
+    storage = _storage(config, root, timeout=max(settings.store_deadline, 0.001))
     service.make_server(settings, storage).run()
 
 
@@ -1174,13 +1174,15 @@ def _given(command: str, **paths: pathlib.Path | None) -> tuple[pathlib.Path, ..
     return tuple(path for path in paths.values() if path is not None)
 
 
-def _storage(config: ConfigDict, root: pathlib.Path, *, timeout: float, writes: bool = False) -> storing.Storage:
+def _storage(config: ConfigDict, root: pathlib.Path, *, timeout: float) -> storing.Storage:
     url = config.serving.storage or f"sqlite:{root / 'storage.sqlite'}"
-    # A writer of SQLite may have to wait for another one; a reader never does.
-    timeout = max(timeout, 5.0) if writes and url.startswith("sqlite:") else timeout
     # A runner that starts again on its machine goes on with what it had not acknowledged.
     return storing.open_storage(
-        url, timeout=timeout, ttl=config.serving.ttl_days * 86400, consumer=platform.node() or "runner"
+        url,
+        timeout=timeout,
+        ttl=config.serving.ttl_days * 86400,
+        consumer=platform.node() or "runner",
+        append_timeout=5.0,
     )
 
 

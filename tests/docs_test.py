@@ -1,7 +1,10 @@
 """The example of the documentation is a method that works."""
 
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 
@@ -12,6 +15,7 @@ from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
 from marsjax.records import Borrowed
 
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
@@ -49,3 +53,30 @@ def test_the_method_of_the_documentation_lends_what_it_says(monkeypatch):
 def test_every_method_is_told_of():
     text = (DOCS / "methods.md").read_text()
     assert not [name for name in METHODS if f"`{name.removesuffix('_budget')}`" not in text]
+
+
+def test_the_compose_file_serves_what_its_header_publishes():
+    text = (EXAMPLES / "compose.yaml").read_text()
+    (published,) = re.findall(r"marsjax publish .*--root=(\S+)", text)
+    mounted = re.findall(r'"(\S+):/serving"', text)
+    assert [(EXAMPLES / path).resolve() for path in mounted] == [EXAMPLES.parent.resolve() / published] * 2
+    assert f"--root={published}" in (DOCS / "serving.md").read_text()
+
+
+def test_the_user_of_the_units_is_the_one_who_publishes():
+    """A dynamic user owns the folder under a number that nobody else can take."""
+    text = (EXAMPLES / "marsjax@.service").read_text()
+    (user,) = re.findall(r"^User=(\S+)$", text, re.MULTILINE)
+    (root,) = set(re.findall(r"--root=(\S+)", text))
+    assert f"sudo -u {user} /opt/marsjax/.venv/bin/marsjax publish --bundle=/srv/bundle --root={root}" in text
+    assert "DynamicUser" not in text
+
+
+def test_an_audit_that_can_ask_nobody_says_that_it_was_skipped():
+    root = EXAMPLES.parent
+    environment = os.environ | {"PYTHON": sys.executable, "MARSJAX_AUDIT_SERVICE": "http://127.0.0.1:9/"}
+    run = subprocess.run([root / "tools" / "audit"], env=environment, capture_output=True, text=True, check=True)
+    assert "SKIPPED, nothing was audited" in run.stderr
+    assert "done" not in run.stdout
+    assert "\ntools/audit\n" in (root / ".ci" / "run").read_text()
+    assert "pip-audit -r requirements.lock" in (root / "CONTRIBUTING.md").read_text()

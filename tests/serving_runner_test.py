@@ -19,7 +19,7 @@ from marsjax.records import LOW
 from marsjax.serving import bundle as serving
 from marsjax.serving import continuation, lending, people, runner, scoring, snapshots, versions
 from marsjax.serving.events import Event, decode_history, encode_event
-from marsjax.serving.storage import RUNNER, TRAINER, open_storage
+from marsjax.serving.storage import RUNNER, TRAINER, StorageError, open_storage
 from marsjax.serving.vectors import decode_vector, digest
 
 
@@ -107,6 +107,24 @@ def test_garbage_and_what_is_never_acknowledged_become_dead_letters(storage, mod
     assert storage.backlog(RUNNER) == 0
 
 
+def test_a_store_that_refuses_makes_no_dead_letters(storage, model, monkeypatch, caplog):
+    """However often: what a healthy event has met is a full disk."""
+    (event,) = make_events(model.bundle, 1)
+    send(storage, [event])
+    storage.append([b"garbage"])
+    say = {"count": 50, "wait": 0.0, "most_deliveries": 3, "refused": set()}
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "apply", lambda *_, **__: (_ for _ in ()).throw(StorageError("full")))
+        for _ in range(9):
+            with pytest.raises(StorageError):
+                runner.consume(storage, model.bundle, **say)
+    while runner.consume(storage, model.bundle, **say):
+        pass
+    assert [letter.data for letter in storage.dead_letters(10)] == [b"garbage"]
+    assert event.id in {entry.id for entry in decode_history(storage.histories([event.user])[0])}
+    assert say["refused"] == set()
+
+
 def test_a_new_version_gets_vectors_of_its_own(storage, model, bundle_folder, tmp_path):
     root = tmp_path / "root"
     first = versions.publish(root, bundle_folder, keep=3)
@@ -124,6 +142,20 @@ def test_a_new_version_gets_vectors_of_its_own(storage, model, bundle_folder, tm
     runner.embed_changed(storage, followed, count=100)
     assert all(storage.lookup(user, second)[1] for user in users)
     assert all(storage.lookup(user, first)[1] for user in users)  # the service may still answer with it
+    assert runner.follow(root, storage, None).version == second
+    assert storage.changed(100) == []  # only started again
+    # Going back is no different: who changed since has no vector of that version.
+    send(storage, [Event("since", users[0], name(model, 1), 1.0, 10**7)])
+    consume(storage, followed)
+    runner.embed_changed(storage, followed, count=100)
+    assert versions.rollback(root) == first
+    followed = runner.follow(root, storage, followed)
+    assert {change.user for change in storage.changed(100)} == set(users)
+    runner.embed_changed(storage, followed, count=100)
+    history, vector = storage.lookup(users[0], first)
+    width = len(model.bundle.lenders.centre_D)
+    assert decode_vector(vector, width=width).history == digest(history)
+    assert storage.lookup(users[0], second)[1] is not None  # the service may still answer with it
 
 
 def test_donors_who_went_on_lend_what_they_did_since(storage, model):
@@ -275,6 +307,24 @@ def test_a_history_that_cannot_be_read_costs_no_other_user_anything(storage, mod
     assert runner.embed_changed(storage, model, count=10) == 2
     assert [storage.lookup(user, "v1")[1] is not None for user in donors] == [False, True]
     assert f"user {donors[0]}: the history in the store counts as none" in caplog.text
+
+
+def test_an_event_that_was_sent_again_is_trained_on_once(storage, model, bundle_folder, tmp_path, monkeypatch):
+    root, trained = tmp_path / "root", []
+    version = versions.publish(root, bundle_folder, keep=5)
+    make_rows = continuation.make_rows
+
+    def seen(bundle, storage, events, **named):
+        trained.append(events)
+        return make_rows(bundle, storage, events, **named)
+
+    monkeypatch.setattr(continuation, "make_rows", seen)
+    events = make_events(model.bundle, 30)
+    send(storage, [*events, *events[5:25]])
+    consume(storage, model)
+    settings = continuation.Settings(least_events=10)
+    continuation.continue_training(root, storage, version, model.bundle, settings, embed=embed(model), keep=5)
+    assert trained[0] == [event for event in events if not continuation.is_held_out(event.id, settings.held_out)]
 
 
 def test_events_that_no_training_survives_are_given_up(storage, model, bundle_folder, tmp_path, caplog, monkeypatch):

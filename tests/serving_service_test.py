@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import pathlib
-import queue
 import shutil
 import socket
 import subprocess
@@ -255,6 +254,62 @@ def test_a_slow_or_absent_store_costs_the_loan_and_not_the_answer(root, bundle, 
         assert "secret" not in answer["error"]
 
 
+class Slow(Broken):
+    """A store that takes events once it is told to."""
+
+    def __init__(self):
+        super().__init__(0.0)
+        self.go, self.waiting = threading.Event(), 0
+
+    def append(self, data):
+        self.waiting += 1
+        self.go.wait(30)
+
+
+def test_events_that_wait_for_the_store_are_bounded(root):
+    store = Slow()
+    with serving_from(root, store, most_appends=6) as client, ThreadPoolExecutor(6) as pool:
+        client.wait_ready()
+        waiting = [pool.submit(client.post, "/v1/events", {"events": [event(f"w{i}", "u", "i")]}) for i in range(6)]
+        until = time.monotonic() + 30
+        while time.monotonic() < until and client.state.writers._work_queue.qsize() < 2:  # four threads have one each
+            time.sleep(0.01)
+        status, answer = client.post("/v1/events", {"events": [event("x", "u", "i")]})
+        assert (status, "too much is waiting" in answer["error"]) == (503, True)
+        assert client.metric("marsjax_refused_total") == 1
+        store.go.set()
+        assert [status for status, _ in (call.result() for call in waiting)] == [202] * 6
+        assert client.post("/v1/events", {"events": [event("x", "u", "i")]})[0] == 202
+
+
+def test_what_has_nothing_to_score_counts_among_what_waits(root, bundle, monkeypatch):
+    """Else any number of requests for what is borrowed would wait, and be answered in one batch."""
+    snapshot = snapshots.load(root, snapshots.wanted(root), None)
+    made = engine.Engine(most_rows=4)
+    begun, go, sizes = threading.Event(), threading.Event(), []
+    answer = made.answer
+
+    def slowly(tasks):
+        sizes.append(len(tasks))
+        begun.set()
+        go.wait(30)
+        return answer(tasks)
+
+    monkeypatch.setattr(made, "answer", slowly)
+    monkeypatch.setattr(scoring, "SIZES", (2,))
+    profile = scoring.Profile(0, *scoring.own_history(bundle, 0))
+    task = engine.Task(snapshot, scoring.Row(profile, np.zeros(0, np.int32)), None, time.monotonic() + 60, 0.0)
+    first = made.submit(task)
+    begun.wait(30)
+    futures = [first, *(made.submit(task) for _ in range(5))]
+    go.set()
+    assert [future is None for future in futures] == [False] * 4 + [True] * 2
+    assert all(len(future.result(60).score_C) == 0 for future in futures[:4])
+    made.close()
+    assert sizes == [1, 2, 1]
+    assert made._rows == 0
+
+
 def test_what_comes_too_late_is_scored_without_a_loan(root, storage, bundle):
     with serving_from(root, storage, deadline=-1.0, live=True) as client:
         client.wait_ready()
@@ -354,6 +409,42 @@ def test_lenders_are_swapped_beside_the_bundle(bundle_folder, storage, bundle, t
         assert client.score(low_user(bundle), items(bundle, 2))["borrowed"] >= 0
 
 
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_is_damaged_at_the_start_is_replaced_by_the_next_best(
+    bundle_folder, storage, bundle, tmp_path, monkeypatch
+):
+    """Anything is better than no answer; what was refused is tried again, since a disk may be out for a moment."""
+    monkeypatch.setattr(service, "RETRY", 0.3)
+    root, user, names = tmp_path / "root", low_user(bundle), items(bundle, 3)
+    first, second = (versions.publish(root, bundle_folder, keep=3) for _ in range(2))
+    lenders = snapshots.publish_lenders(root, second, bundle.lenders)
+    donors, users = root / "lenders" / lenders / "donors.npz", versions.folder_of(root, second) / "users.npz"
+    flip(donors)
+    with serving_from(root, storage) as client:  # the donors: those in the bundle
+        assert client.wait_ready() == {"version": second, "lenders": "bundle"}
+        assert client.score(user, names)["borrowed"] > 0
+        assert client.metric('marsjax_swaps_total{result="refused"}') >= 1
+        flip(donors)
+        until = time.monotonic() + 60
+        while client.wait_ready()["lenders"] != lenders and time.monotonic() < until:
+            time.sleep(0.02)
+        assert client.wait_ready() == {"version": second, "lenders": lenders}
+    flip(users)
+    with serving_from(root, storage) as client:  # the bundle: the one before
+        assert client.wait_ready() == {"version": first, "lenders": "bundle"}
+        assert client.score(user, names)["version"] == first
+        flip(users)
+        assert client.wait_ready(second)["lenders"] == lenders
+    (root / snapshots.POINTER).write_text("{")
+    with serving_from(root, storage) as client:  # the pointer to the donors
+        assert client.wait_ready() == {"version": second, "lenders": "bundle"}
+
+
 def test_bad_requests_are_told_what_is_wrong_and_nothing_of_the_machine(client):
     cases = [
         (b"{", 400, "json"),
@@ -404,7 +495,10 @@ def test_a_body_without_an_end_is_not_read_for_ever(client):
 def test_clients_have_a_rate(root, storage):
     with serving_from(root, storage, rate=5.0) as client:
         client.wait_ready()
-        found = [client.post("/v1/score", {"user": "u", "candidates": ["i"]})[0] for _ in range(20)]
+        found = [
+            client.post("/v1/score", {"user": "u", "candidates": ["i"]}, **{"x-forwarded-for": f"10.0.0.{i}"})[0]
+            for i in range(20)
+        ]
         assert {200, 429} == set(found)
         assert client.call("GET", "/healthz", raw=True)[0] == 200  # never limited
 
@@ -423,23 +517,6 @@ def test_tokens_guard_events_and_what_shows_users(client, monkeypatch, bundle):
         assert client.call(method, path, content, {"authorization": "Bearer wrong"}, raw=True)[0] == 401
         assert client.call(method, path, content, {"authorization": f"Bearer {right}"}, raw=True)[0] in (200, 202)
     assert client.score(low_user(bundle), items(bundle, 1))["version"]
-
-
-def test_a_client_does_not_choose_whom_its_rate_is_counted_for(root, storage):
-    with serving_from(root, storage, rate=5.0) as client:
-        client.wait_ready()
-        body = {"user": "u", "candidates": ["i"]}
-        found = [client.post("/v1/score", body, **{"x-forwarded-for": f"10.0.0.{i}"})[0] for i in range(20)]
-        assert 429 in found
-
-
-def test_what_looks_up_alone_counts_in_what_waits():
-    nothing = np.zeros(0, np.int32)
-    profile = scoring.Profile(-1, nothing, nothing.astype(np.int8))
-    task = engine.Task(None, scoring.Row(profile, nothing), None, 0.0, 0.0)
-    made = engine.Engine.__new__(engine.Engine)  # without its thread: nothing is taken
-    made._tasks, made._most_rows, made._rows, made._lock = queue.SimpleQueue(), 3, 0, threading.Lock()
-    assert [made.submit(task) is not None for _ in range(5)] == [True, True, True, False, False]
 
 
 def test_other_addresses_than_loopback_need_tokens(monkeypatch):

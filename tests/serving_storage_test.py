@@ -168,6 +168,23 @@ def test_events_have_their_effect_once(opened):
     assert history(storage, "u") == ["e1", "e2", "e3"]
 
 
+def test_a_history_that_cannot_be_read_begins_anew(opened):
+    storage = opened()
+    apply(storage, [], {"u": [entry(1)]})
+    spoil(storage, "u")
+    apply(storage, [], {"u": [entry(2)]}, seed=lambda user: [entry(0)])
+    assert history(storage, "u") == ["e0", "e2"]
+
+
+def spoil(storage, user):
+    """Writes nonsense where the history of a user is."""
+    if hasattr(storage, "_redis"):
+        storage._redis.set(f"marsjax:history:{user}", b"nonsense")
+        return
+    with storage._writing() as connection:
+        connection.execute("UPDATE histories SET data = ? WHERE user = ?", (b"nonsense", user))
+
+
 def test_dead_letters_are_kept_and_acknowledged(opened):
     storage = opened()
     storage.join(RUNNER)
@@ -247,6 +264,21 @@ def test_redis_stopped_and_started_again_has_lost_nothing(redis_server):
     redis_server.start()
     data = [message.data for message in storage.read(RUNNER, count=1000, wait=1.0)]
     assert data[-1] == b"before"
+    storage.close()
+
+
+def test_an_append_may_take_longer_than_a_look_up(redis_server):
+    import redis
+
+    storage = open_storage(redis_server.url, timeout=0.05, ttl=1.0, append_timeout=10.0)
+    storage.join(RUNNER)
+    before = storage.backlog(RUNNER)
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.client_pause(1500)  # as a disk that is busy
+        with pytest.raises(StorageError, match="Timeout"):
+            storage.lookup("u", "v")
+        storage.append([b"slow"])
+    assert storage.backlog(RUNNER) == before + 1
     storage.close()
 
 

@@ -1,5 +1,6 @@
 """Publishing is all or nothing; going back is one call; damage is refused before it is served."""
 
+import os
 import shutil
 import threading
 
@@ -51,6 +52,22 @@ def test_what_follows_one_version_does_not_replace_another(variants, tmp_path):
         versions.publish(root, variants[0], keep=3, only_after=first)
     assert versions.read_current(root) == before
     assert [path.name for path in sorted((root / "versions").iterdir())] == [first, second]
+
+
+def test_a_version_is_on_the_disk_before_anything_points_to_it(variants, tmp_path, monkeypatch):
+    """Else a loss of power would leave a pointer to files that are empty."""
+    root, synced, pointed = tmp_path / "root", [], []
+    sync, replace = os.fsync, os.replace
+
+    def replacing(source, path):
+        if str(path) == str(root / versions.POINTER):
+            pointed.extend(synced)
+        replace(source, path)
+
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.stat(file).st_ino), sync(file)))
+    monkeypatch.setattr(os, "replace", replacing)
+    folder = versions.folder_of(root, versions.publish(root, variants[0], keep=1))
+    assert {path.stat().st_ino for path in [*folder.rglob("*"), folder, folder.parent]} <= set(pointed)
 
 
 def test_what_is_served_is_kept_however_old(variants, tmp_path):

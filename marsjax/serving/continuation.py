@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -127,7 +127,7 @@ def continue_training(
     given_up = [message for message in new if message.deliveries > settings.tries]
     if given_up:
         log.warning("%d events are given up: training on them failed %d times", len(given_up), settings.tries)
-    events = [event for message in new if message.deliveries <= settings.tries and (event := _event(message.data))]
+    events = _once(event for message in new if message.deliveries <= settings.tries and (event := _event(message.data)))
     folder = pathlib.Path(root) / FOLDER
     judging = _judges(folder, [event for event in events if is_held_out(event.id, settings.held_out)], settings)
     training = [event for event in events if not is_held_out(event.id, settings.held_out)]
@@ -224,6 +224,14 @@ def _judges(folder: pathlib.Path, more: Sequence[Event], settings: Settings) -> 
     kept = sorted(known.values(), key=lambda event: (event.time, event.id))[-settings.judges :]
     files.write_bytes(path, b"".join(encode_event(event) + b"\n" for event in kept))
     return kept
+
+
+def _once(events: Iterable[Event]) -> list[Event]:
+    """Of events with the same id the first: the sender of one that got no answer sends it again."""
+    known: dict[str, Event] = {}
+    for event in events:
+        known.setdefault(event.id, event)
+    return [*known.values()]
 
 
 def _event(data: bytes) -> Event | None:

@@ -70,7 +70,7 @@ class Engine:
 
     def submit(self, task: Task) -> Future[Answer] | None:
         """A future for the answer; None where too much is waiting already."""
-        rows = _weight(task)
+        rows = rows_of(task)
         with self._lock:
             if self._rows and self._rows + rows > self._most_rows:
                 return None
@@ -90,7 +90,7 @@ class Engine:
             if first is None:
                 return
             taken, ends = [first], False
-            count = _weight(first[0])
+            count = rows_of(first[0])
             while count < scoring.SIZES[-1]:
                 try:
                     more = self._tasks.get_nowait()
@@ -100,7 +100,7 @@ class Engine:
                     ends = True
                     break
                 taken.append(more)
-                count += _weight(more[0])
+                count += rows_of(more[0])
             for group in by_snapshot(taken):
                 try:
                     for (_, future), answer in zip(group, self.answer([task for task, _ in group]), strict=True):
@@ -111,7 +111,7 @@ class Engine:
                         if not future.done():
                             future.set_exception(error)
             with self._lock:
-                self._rows -= sum(_weight(task) for task, _ in taken)
+                self._rows -= sum(rows_of(task) for task, _ in taken)
             if ends:
                 return
 
@@ -160,8 +160,8 @@ class Engine:
         return [None if key is None else found[key] for key in keys]
 
 
-def _weight(task: Task) -> int:
-    """The rows of a task; one that only looks up what is borrowed counts too, or they would wait without a bound."""
+def rows_of(task: Task) -> int:
+    """How much a task counts among those that wait: one that has nothing to score is looked up all the same."""
     return max(1, len(task.row.target_C))
 
 

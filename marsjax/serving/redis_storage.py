@@ -16,7 +16,7 @@ from typing import Any
 
 import redis
 
-from marsjax.serving.events import Entry, decode_history, encode_history, merge
+from marsjax.serving.events import Entry, encode_history, merge, read_history
 from marsjax.serving.storage import ALONE, TRAINER, Changed, Dead, Message, StorageError
 
 STREAM, DEAD, CHANGED, STAMPS = "marsjax:events", "marsjax:dead", "marsjax:changed", "marsjax:stamps"
@@ -33,14 +33,17 @@ RETRIES = 20  # of a transaction that another writer got in the way of
 class RedisStorage:
     """See `storage.Storage`."""
 
-    def __init__(self, url: str, *, timeout: float, ttl: float, consumer: str):
-        self._redis = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
+    def __init__(self, url: str, *, timeout: float, append_timeout: float, ttl: float, consumer: str):
+        self._redis, self._appends = (
+            redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds)
+            for seconds in (timeout, append_timeout)
+        )
         self._timeout, self._ttl, self._consumer = timeout, max(int(ttl), 1), consumer
         self._pending: dict[str, bool] = {}  # group -> whether this consumer may have messages not acknowledged
         self._looked: dict[str, float] = {}  # group -> time.monotonic() of the last look for messages to take over
 
     def append(self, data: Sequence[bytes]) -> None:
-        with _answering(), self._redis.pipeline(transaction=True) as pipe:
+        with _answering(), self._appends.pipeline(transaction=True) as pipe:
             for item in data:
                 pipe.xadd(STREAM, {FIELD: item})
             pipe.execute()
@@ -140,7 +143,8 @@ class RedisStorage:
                         found = []
                     pipe.multi()
                     for user, before in zip(users, found, strict=True):
-                        known = tuple(seed(user)) if before is None else decode_history(before)
+                        known = read_history(before, user)
+                        known = tuple(seed(user)) if known is None else known
                         data = encode_history(merge(known, entries[user], cap=cap))
                         pipe.set(HISTORY + user, data, ex=self._ttl)
                         if data != before:
@@ -231,6 +235,7 @@ class RedisStorage:
 
     def close(self) -> None:
         self._redis.close()
+        self._appends.close()
 
 
 FINISH = """

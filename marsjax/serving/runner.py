@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import functools
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
-from marsjax import embeddings, retrieval
+from marsjax import embeddings, files, retrieval
 from marsjax.data.histories import gather_histories
 from marsjax.records import Donors, Histories
 from marsjax.serving import continuation, people, snapshots, versions
@@ -36,7 +35,8 @@ T = TypeVar("T")
 LOCK = ".runner"
 PAUSE = 1.0  # seconds, after a failure and while nothing is published
 SIZE = 64  # users that are embedded at a time
-NOBODY = ""  # no user has this id; the store knows by its vector that a version has been seen
+# No user has this id and no version this name: the store has the version there that its users were last marked for.
+NOBODY, FOLLOWED = "", "followed"
 
 
 class Settings(NamedTuple):
@@ -63,17 +63,27 @@ class Model(NamedTuple):
     encoder: Encoder
 
 
-def consume(storage: Storage, bundle: Bundle, *, count: int, wait: float, most_deliveries: int) -> int:
+def consume(
+    storage: Storage,
+    bundle: Bundle,
+    *,
+    count: int,
+    wait: float,
+    most_deliveries: int,
+    refused: set[str] | None = None,
+) -> int:
     """Takes events from the stream into the histories of their users; returns how many messages are done with.
 
     What is no event becomes a dead letter, and so does what was handed out too often without being acknowledged.
+    `refused` is kept between calls: messages that the store refused to be done with, which says nothing against them.
     """
+    refused = set() if refused is None else refused
     messages = storage.read(RUNNER, count=count, wait=wait)
     entries: dict[str, list[Entry]] = {}
     dead, done = [], []
     for message in messages:
         try:
-            if message.deliveries > most_deliveries:
+            if message.deliveries > most_deliveries and message.id not in refused:
                 raise ValueError(f"handed out {message.deliveries} times and never acknowledged")
             event = decode_event(message.data)
         except ValueError as error:
@@ -82,9 +92,14 @@ def consume(storage: Storage, bundle: Bundle, *, count: int, wait: float, most_d
         entries.setdefault(event.user, []).append(Entry(event.time, event.id, event.item, event.label))
         done.append(message.id)
     if messages:
-        storage.apply(
-            RUNNER, entries, done, cap=_cap(bundle), seed=lambda user: people.seed_entries(bundle, user), dead=dead
-        )
+        try:
+            storage.apply(
+                RUNNER, entries, done, cap=_cap(bundle), seed=lambda user: people.seed_entries(bundle, user), dead=dead
+            )
+        except StorageError:
+            refused.update(message.id for message in messages)
+            raise
+        refused.difference_update(message.id for message in messages)
     return len(messages)
 
 
@@ -186,15 +201,19 @@ def follow(root: pathlib.Path, storage: Storage, model: Model | None) -> Model |
     if current is None or (model is not None and model.version == current.version):
         return model
     bundle = load_bundle(versions.folder_of(root, current.version))
-    if storage.lookup(NOBODY, current.version)[1] is None:  # else this runner was only started again
+    made = Model(current.version, bundle, load_encoder(bundle))  # whole, before anything is marked for it
+    name = storage.lookup(NOBODY, FOLLOWED)[1] or b""
+    # Else this runner was only started again. A version that was followed before does not do: who changed since has a
+    # vector of the version that came between.
+    if name != current.version.encode():
         storage.touch_all()
-        storage.write_vectors(current.version, {NOBODY: b"touched"}, [])
-    # The service may still answer with the version before.
-    storage.forget_versions([current.version, *current.earlier[-1:]])
+        storage.write_vectors(FOLLOWED, {NOBODY: current.version.encode()}, [])
+    # The service may still answer with the version before, and go back to the one that was published before.
+    storage.forget_versions([FOLLOWED, current.version, *current.earlier[-1:], name.decode()])
     log.info(
         "version %s: %d users, %d donors", current.version, len(bundle.users.raw_user_U), len(bundle.lenders.mark_PL)
     )
-    return Model(current.version, bundle, load_encoder(bundle))
+    return made
 
 
 class Turns:
@@ -243,24 +262,16 @@ def _publish_lenders(root: pathlib.Path, storage: Storage, model: Model, lenders
 
 @contextlib.contextmanager
 def only_one(root: pathlib.Path) -> Iterator[None]:
-    """One runner of a folder at a time: two would share a name among the consumers of the stream, and a candidate. The
-    lock goes with the process that holds it.
+    """One runner of a folder at a time: two would share a name among the consumers of the stream, and a candidate.
 
     Raises ValueError where another runner has it.
     """
     path = pathlib.Path(root) / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"{root}: expected no other runner, found {file.read() or 'one'}; stop it, or give another --root"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+    holder = path.read_text() if path.exists() else ""
+    held = f"{root}: expected no other runner, found {holder or 'one'}; stop it, or give another --root"
+    with files.locked(path, held=held):
+        path.write_text(f"process {os.getpid()} on {platform.node()}")
         yield
 
 
@@ -281,6 +292,7 @@ def _run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
     told_at = time.monotonic()
     rebuilt = datetime.date.today()
     events = vectors = 0
+    refused: set[str] = set()
     while not stop.is_set():
         if turns.failed:
             stop.wait(PAUSE)
@@ -298,7 +310,7 @@ def _run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
             continue
         taken = turns.attempt(
             "events", consume, storage, model.bundle,
-            count=settings.batch, wait=settings.wait, most_deliveries=settings.most_deliveries,
+            count=settings.batch, wait=settings.wait, most_deliveries=settings.most_deliveries, refused=refused,
         )  # fmt: skip
         made = turns.attempt("vectors", embed_changed, storage, model, count=settings.batch)
         events, vectors = events + (taken or 0), vectors + (made or 0)

@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import pathlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Annotated, Any, NamedTuple
 
 import uvicorn
@@ -36,6 +37,7 @@ from marsjax.serving.storage import Storage, StorageError
 
 log = logging.getLogger(__name__)
 
+RETRY = 60.0  # seconds after which a version that was refused is tried again: a disk may have been out for a moment
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EVENTS_TOKEN, ADMIN_TOKEN = "MARSJAX_EVENTS_TOKEN", "MARSJAX_ADMIN_TOKEN"
 
@@ -53,6 +55,7 @@ class Settings(NamedTuple):
     most_candidates: int = 1000
     most_bytes: int = 1 << 20  # of a request
     most_rows: int = 16_384  # waiting to be scored; more are refused
+    most_appends: int = 64  # requests whose events wait for the store; more are refused
     rate: float = 1000.0  # requests a second of one client
     image_folder: str = ""  # pictures for /explain, named by item id
     augment: bool = True  # off: score the own history alone (to measure what borrowing costs)
@@ -190,6 +193,7 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
             }
         )
 
+    # As the page it shows what users did, the donors too.
     @app.post(
         "/v1/augment", response_model=AugmentResponse, responses=failures | refused, dependencies=[Depends(may_look)]
     )
@@ -225,8 +229,12 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
     async def events(request: EventsRequest) -> Response:
         """Adds events to the stream. They are durable when the answer comes; their effects follow within moments."""
         data = [encode_event(Event(e.id, e.user, e.item, float(e.label), e.time)) for e in request.events]
+        future = state.append(data)
+        if future is None:
+            state.measures.refused.inc()
+            raise HTTPException(503, "too much is waiting; send the events again", {"Retry-After": "1"})
         try:
-            await asyncio.get_running_loop().run_in_executor(state.writers, storage.append, data)
+            await asyncio.wrap_future(future)
         except StorageError as error:
             log.warning("events were refused: %s", error)
             raise HTTPException(
@@ -283,8 +291,9 @@ class State:
         self.engine = Engine(most_rows=settings.most_rows, cache=settings.cache)
         self.readers = ThreadPoolExecutor(4, "store-read")
         self.writers = ThreadPoolExecutor(4, "store-write")
+        self._appends = threading.BoundedSemaphore(settings.most_appends)
         self.snapshot: Snapshot | None = None
-        self.refused_version = ""
+        self.refused_version, self._refused_until = "", 0.0
         self._store_out_until = 0.0
 
     def close(self) -> None:
@@ -292,6 +301,14 @@ class State:
         self.engine.close()
         self.readers.shutdown(wait=False, cancel_futures=True)
         self.writers.shutdown(wait=True)
+
+    def append(self, data: list[bytes]) -> Future[None] | None:
+        """Adds events to the stream, in a thread; None where too many wait for it already."""
+        if not self._appends.acquire(blocking=False):
+            return None
+        future = self.writers.submit(self.storage.append, data)
+        future.add_done_callback(lambda _: self._appends.release())
+        return future
 
     def ready(self) -> Snapshot:
         if self.snapshot is None:
@@ -313,23 +330,27 @@ class State:
         """The snapshot that should answer, warmed up, where it is another one than the present."""
         wanted = snapshots.wanted(self.settings.root)
         now = self.snapshot
-        if wanted is None or wanted.key == self.refused_version:
+        if wanted is None or (wanted.key == self.refused_version and time.monotonic() < self._refused_until):
             return None
         if now is not None and wanted.key == snapshots.key_of(now):
             return None
-        try:
-            with self.compilations.warming():
-                made = snapshots.load(self.settings.root, wanted, now)
-                warm_up(made)
-        except (ValueError, OSError) as error:
-            if wanted == snapshots.wanted(self.settings.root):  # else it was removed while it was read
-                log.error("version %s is refused: %s", wanted.key, error)
-                self.refused_version = wanted.key
-                self.measures.swaps.labels("refused").inc()
-            return None
-        self.measures.swaps.labels("done").inc()
-        log.info("version %s answers, with lenders %s", made.version, made.lenders_version)
-        return made
+        for choice in [wanted] if now is not None else snapshots.at_start(self.settings.root, wanted):
+            try:
+                with self.compilations.warming():
+                    made = snapshots.load(self.settings.root, choice, now)
+                    warm_up(made)
+            except (ValueError, OSError) as error:
+                if wanted != snapshots.wanted(self.settings.root):  # it was removed while it was read
+                    return None
+                log.error("version %s is refused: %s", choice.key, error)
+                if choice == wanted:
+                    self.refused_version, self._refused_until = wanted.key, time.monotonic() + RETRY
+                    self.measures.swaps.labels("refused").inc()
+                continue
+            self.measures.swaps.labels("done").inc()
+            log.info("version %s answers, with lenders %s", made.version, made.lenders_version)
+            return made
+        return None
 
     async def lookup(self, user: str, version: str) -> tuple[bytes | None, bytes | None] | None:
         """History and vector in the store; None where it does not answer in time."""
@@ -413,7 +434,7 @@ def make_server(settings: Settings, storage: Storage) -> uvicorn.Server:
     config = uvicorn.Config(
         make_app(settings, storage), host=settings.host, port=settings.port, log_level="warning", access_log=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=10, server_header=False,
-        proxy_headers=False,  # X-Forwarded-For is whatever a client says, and would give each request a rate of its own
+        proxy_headers=False,  # anybody can write X-Forwarded-For: with each request another client, and no rate
     )  # fmt: skip
     return uvicorn.Server(config)
 

@@ -15,6 +15,7 @@ from marsjax.serving.bundle import Bundle, load_bundle
 from marsjax.serving.engine import Snapshot
 
 POINTER, FOLDER, MANIFEST = "LENDERS", "lenders", "manifest.json"
+IN_BUNDLE, UNREADABLE = "bundle", "?"  # in place of the name of a folder of donors
 KEPT = 3  # folders of donors
 
 
@@ -31,16 +32,29 @@ class Wanted(NamedTuple):
 
 
 def wanted(root: pathlib.Path) -> Wanted | None:
-    """What should answer; None before anything was published. Raises ValueError where a pointer is damaged."""
+    """What should answer; None before anything was published. Raises ValueError where the pointer to
+    the bundle is damaged; with the one to the donors, it is `load` that does."""
     current = versions.read_current(root)
     if current is None:
         return None
-    path, lenders = pathlib.Path(root) / POINTER, "bundle"
+    path, lenders = pathlib.Path(root) / POINTER, IN_BUNDLE
     if path.is_file():
-        value = files.read_json(path)
+        try:
+            value = files.read_json(path)
+        except ValueError:
+            return Wanted(current.version, UNREADABLE, current.published)
         if isinstance(value, dict) and value.get("version") == current.version:
             lenders = str(value.get("lenders"))
     return Wanted(current.version, lenders, current.published)
+
+
+def at_start(root: pathlib.Path, found: Wanted) -> list[Wanted]:
+    """What may answer where nothing does yet, the best first: what `found` names, its bundle with the donors in it, and
+    the versions that were served before, the latest first. Anything is better than no answer."""
+    current = versions.read_current(root)
+    earlier = () if current is None else current.earlier[::-1]
+    choices = [found, *(found._replace(version=version, lenders=IN_BUNDLE) for version in (found.version, *earlier))]
+    return list(dict.fromkeys(choices))
 
 
 def key_of(snapshot: Snapshot) -> str:
@@ -57,7 +71,9 @@ def load(root: pathlib.Path, found: Wanted, now: Snapshot | None) -> Snapshot:
     same = now is not None and now.version == found.version
     bundle = now.bundle if same and now is not None else load_bundle(versions.folder_of(root, found.version))
     lenders = bundle.lenders
-    if found.lenders != "bundle":
+    if found.lenders == UNREADABLE:
+        raise ValueError(f"{pathlib.Path(root) / POINTER}: expected JSON, found none; the runner writes it again")
+    if found.lenders != IN_BUNDLE:
         folder = pathlib.Path(root) / FOLDER / pathlib.Path(found.lenders).name
         _check(folder)
         lenders = lending.read_lenders(folder, bundle.items.item_ND)
@@ -80,6 +96,8 @@ def publish_lenders(root: pathlib.Path, version: str, lenders: lending.Lenders) 
             if path.is_file()
         }
         files.write_json(partial / MANIFEST, {"version": version, "sha256": sums})
+        files.sync_folder(partial)
+    files.sync_folder(folder, deep=False)  # that it has this name
     files.write_json(pathlib.Path(root) / POINTER, {"version": version, "lenders": name})
     for path in there[: -(KEPT - 1)]:
         files.remove_folder(path)
@@ -87,7 +105,10 @@ def publish_lenders(root: pathlib.Path, version: str, lenders: lending.Lenders) 
 
 
 def _check(folder: pathlib.Path) -> None:
-    sums = files.read_json(folder / MANIFEST)["sha256"]
+    manifest = files.read_json(folder / MANIFEST)
+    sums = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(sums, dict):
+        raise ValueError(f"{folder / MANIFEST}: expected sums of the files, found none; the runner builds it again")
     for name, expected in sums.items():
         found = files.sha256_file(folder / name)
         if found != expected:

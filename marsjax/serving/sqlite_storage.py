@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from marsjax.serving.events import Entry, decode_history, encode_history, merge
+from marsjax.serving.events import Entry, encode_history, merge, read_history
 from marsjax.serving.storage import ALONE, TRAINER, Changed, Dead, Message, StorageError
 
 SCHEMA = """
@@ -87,7 +87,8 @@ class SqliteStorage:
         with self._writing() as connection:
             for user, more in entries.items():
                 row = connection.execute("SELECT data FROM histories WHERE user = ?", (user,)).fetchone()
-                before = tuple(seed(user)) if row is None else decode_history(row[0])
+                found = None if row is None else read_history(row[0], user)
+                before = tuple(seed(user)) if found is None else found
                 data = encode_history(merge(before, more, cap=cap))
                 if row is None or data != row[0]:
                     connection.execute("INSERT OR REPLACE INTO histories VALUES(?, ?)", (user, data))

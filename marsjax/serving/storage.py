@@ -73,7 +73,8 @@ class Storage(Protocol):
         dead: Sequence[Dead] = (),
     ) -> None:
         """Merges entries into the histories of their users, marks these as changed, keeps dead letters, and
-        acknowledges `done` (with the dead), all or nothing. `seed` gives the history of a user who has none here."""
+        acknowledges `done` (with the dead), all or nothing. `seed` gives the history of a user who has none here, or
+        one that cannot be read."""
 
     def lookup(self, user: str, version: str) -> tuple[bytes | None, bytes | None]:
         """History and vector of a user; the vector is of this model version or None."""
@@ -106,11 +107,15 @@ class Storage(Protocol):
         """Lets go of files and connections."""
 
 
-def open_storage(url: str, *, timeout: float, ttl: float, consumer: str = "runner") -> Storage:
+def open_storage(
+    url: str, *, timeout: float, ttl: float, consumer: str = "runner", append_timeout: float = 0.0
+) -> Storage:
     """Opens `sqlite:PATH`, or `redis://HOST:PORT/DB` (also rediss:// and unix://).
 
     Args:
         timeout: seconds a call may take before it raises StorageError.
+        append_timeout: seconds for `append`, where that is more: a disk writes slower than memory is read, and an event
+            whose answer was not waited for is sent again though it is there. In SQLite of all calls: only writers wait.
         ttl: seconds a value that is not written lives in Redis.
         consumer: the name of this process among the consumers of a group in Redis.
 
@@ -122,11 +127,13 @@ def open_storage(url: str, *, timeout: float, ttl: float, consumer: str = "runne
     if kind == "sqlite" and path:
         from marsjax.serving.sqlite_storage import SqliteStorage
 
-        return SqliteStorage(path, timeout=timeout)
+        return SqliteStorage(path, timeout=max(timeout, append_timeout))
     if kind in ("redis", "rediss", "unix"):
         if importlib.util.find_spec("redis") is None:
             raise ImportError("a store in Redis needs the redis package: pip install marsjax[redis]")
         from marsjax.serving.redis_storage import RedisStorage
 
-        return RedisStorage(url, timeout=timeout, ttl=ttl, consumer=consumer)
+        return RedisStorage(
+            url, timeout=timeout, append_timeout=max(timeout, append_timeout), ttl=ttl, consumer=consumer
+        )
     raise ValueError(f"serving.storage: expected sqlite:PATH or redis://HOST:PORT/DB, found {url!r}")

@@ -9,10 +9,8 @@ A version appears by a rename, and is served from the next rename on, that of th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from marsjax import files
@@ -60,6 +58,8 @@ def publish(root: pathlib.Path, bundle: pathlib.Path, *, keep: int, only_after: 
                 if path.is_file():
                     files.copy_file(path, partial / path.relative_to(bundle))
             check_bundle(partial)  # what was copied, not what was there before
+            files.sync_folder(partial)
+        files.sync_folder(root / VERSIONS, deep=False)  # that it has this name
         _point(root, version, () if before is None else (*before.earlier, before.version))
         _remove_old(root, keep)
     return version
@@ -124,10 +124,7 @@ def _remove_old(root: pathlib.Path, keep: int) -> None:
             files.remove_folder(path)
 
 
-@contextlib.contextmanager
-def _locked(root: pathlib.Path) -> Iterator[None]:
-    """One publisher at a time; the lock goes with the process that holds it."""
+def _locked(root: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """One publisher at a time: the others wait."""
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / LOCK, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return files.locked(root / LOCK, held=None)
