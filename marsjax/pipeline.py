@@ -666,7 +666,7 @@ def align_stage(context: Context) -> Space:
     _, per_epoch = make_source(steps=1)
     steps = max(1, round(cfg.epochs * per_epoch)) if cfg.epochs else 0  # 0: the encoder as it was drawn
     source, _ = make_source(steps=max(1, steps))
-    template = encoder.init(jax.random.key(seed), source[0], tables)["params"]
+    template = jax.jit(encoder.init)(jax.random.key(seed), source[0], tables)["params"]  # op by op is slow on a GPU
     key = fingerprint("alignment", loaded.fingerprint, to_json(cfg), seed)
 
     def build(folder: pathlib.Path) -> None:

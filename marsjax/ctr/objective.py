@@ -34,7 +34,8 @@ def init_model(model: nn.Module, tables: ItemTables, *, seed: int, dense: int = 
     batch = CtrBatch(
         number_B, number_B, weight_B, weight_B, history_BL, history_BL > 0, history_BL.astype(np.int8), dense_BJ
     )
-    variables = model.init(jax.random.key(seed), batch, tables, train=False)
+    # One program: op by op, a GPU compiles for a minute.
+    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(seed), batch, tables)
     return {"params": variables["params"], "statistics": variables.get("statistics", {})}
 
 

