@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marsjax.ctr import objective
+from marsjax.ctr import din, objective
 from marsjax.ctr.activations import Activation
 from marsjax.ctr.backbones import make_backbone
 from marsjax.ctr.din import TargetAttention, masked_softmax
@@ -229,3 +229,40 @@ def test_an_unknown_user_is_one_whose_vector_is_zero(backbone):
 def test_unknown_backbone_is_refused():
     with pytest.raises(ValueError, match="din.*dnn.*found 'mlp'"):
         build(backbone="mlp")
+
+
+@pytest.mark.parametrize("changes", [{}, {"apart": True, "softmax": False}, {"attention": (6,)}])
+def test_attention_trained_in_parts_is_the_attention(changes, monkeypatch):
+    """The loss and all gradients, and one part of the rows is all that is ever there of [B, L, A]."""
+    _, variables = build(**changes)
+    rows = batch(96)
+    rows = rows._replace(
+        borrowed_BL=(np.random.default_rng(1).random(rows.history_BL.shape) < 0.3) & (rows.history_BL > 0),
+        weight_B=(np.arange(96) < 90).astype(np.float32),
+    )
+
+    def trained():
+        loss = objective.make_loss(build(**changes)[0], axis_name=None)
+        gradient = jax.value_and_grad(
+            lambda params: loss(params, variables["statistics"], rows, TABLES, jax.random.key(0)).loss
+        )
+        return jax.jit(gradient)(variables["params"]), str(jax.make_jaxpr(gradient)(variables["params"]))
+
+    at_once, program = trained()
+    assert "96,7,6" in program
+    monkeypatch.setattr(din, "CACHED", 0)
+    in_parts, program = trained()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), at_once, in_parts)
+    assert "96,7,6" not in program
+    assert "32,7,6" in program
+
+
+def test_rows_go_through_the_attention_together_where_parts_would_not_help(monkeypatch):
+    def rows_of(rows, length):
+        return din.rows_at_a_time(jnp.zeros((rows, length, 2)), 32)
+
+    assert rows_of(512, 200) == din.ROWS
+    assert rows_of(512, 8) == 512  # small enough
+    assert rows_of(8200, 200) == 8200  # parts would be of 8 rows
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert rows_of(512, 200) == 512

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -11,6 +12,10 @@ import jax.numpy as jnp
 from marsjax.ctr.activations import Activation, Tower
 from marsjax.ctr.items import ItemEmbedding, embed_rows, feedback_embedding, parts_of, tower_input, user_embedding
 from marsjax.records import CtrBatch, ItemTables
+
+ROWS = 32  # at a time, where the attention is trained in parts
+LEAST_ROWS = 16  # fewer at a time cost more than they save
+CACHED = 2**20  # numbers of [B, L, A] that a processor reads and writes as fast as it multiplies
 
 
 class TargetAttention(nn.Module):
@@ -85,9 +90,22 @@ class Din(nn.Module):
 
     def pool(self, target_BD: jax.Array, history_BLD: jax.Array, batch: CtrBatch, *, train: bool) -> list[jax.Array]:
         """What the attention pools of each part of the history, [B, D] each. Of the batch the masks are read."""
-        parts = parts_of(batch, apart=self.apart)
+        values = target_BD, history_BLD, batch.weight_B, parts_of(batch, apart=self.apart)
+        rows = rows_at_a_time(history_BLD, self.attention[0])
+        # Dice asks for the mean over all rows. What only scores is exported for any number of rows.
+        if not train or self.activation == "dice" or rows == len(history_BLD) or self.is_initializing():
+            return self._pooled(*values, train=train)
+        chunks = jax.tree.map(lambda value: value.reshape(-1, rows, *value.shape[1:]), values)
+        one = nn.remat(lambda module, _, chunk: (None, module._pooled(*chunk, train=True)))
+        each = nn.scan(one, variable_broadcast="params", split_rngs={"params": False})
+        _, pooled = each(self, None, chunks)
+        return [pooled_CRD.reshape(target_BD.shape) for pooled_CRD in pooled]
+
+    def _pooled(
+        self, target_BD: jax.Array, history_BLD: jax.Array, weight_B: jax.Array, parts: list[jax.Array], *, train: bool
+    ) -> list[jax.Array]:
         in_some_BL = jnp.minimum(sum(parts), 1.0)
-        weight_BL = self.attend(target_BD, history_BLD, in_some_BL * batch.weight_B[:, None], train=train)
+        weight_BL = self.attend(target_BD, history_BLD, in_some_BL * weight_B[:, None], train=train)
         weights = [masked_softmax(weight_BL, mask_BL) if self.softmax else weight_BL * mask_BL for mask_BL in parts]
         return [jnp.einsum("bl,bld->bd", part_BL, history_BLD) for part_BL in weights]
 
@@ -102,6 +120,19 @@ class Din(nn.Module):
         """Returns logit_B. Padding of the history and of the batch changes nothing."""
         target_BD, history_BLD = self.embed(batch, tables)
         return self.decide(target_BD, self.pool(target_BD, history_BLD, batch, train=train), batch, train=train)
+
+
+def rows_at_a_time(history_BLD: jax.Array, width: int) -> int:
+    """How many rows go through the attention at a time when it is trained; all of them where that is best.
+
+    On a CPU the time goes into reading and writing [B, L, A]; of few rows that stays in the cache, and the gradient
+    makes it again instead of reading it. An accelerator would wait for one part after the other.
+    """
+    rows, length, _ = history_BLD.shape
+    few = math.gcd(rows, ROWS)
+    if jax.default_backend() != "cpu" or few < LEAST_ROWS or rows * length * width < CACHED:
+        return rows
+    return few
 
 
 def masked_softmax(logit_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
