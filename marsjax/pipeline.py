@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -54,6 +54,7 @@ from marsjax.records import (
     Embeddings,
     Inputs,
     ItemTables,
+    Log,
     Predictions,
     Problem,
     Queries,
@@ -766,6 +767,36 @@ def augment_stage(context: Context, space: Space, vectors: Embeddings) -> Donati
     )
 
 
+def opinions_stage(
+    stages: Stages,
+    events: Log,
+    rows: Rows,
+    user_P: np.ndarray,
+    item_ND: np.ndarray | None,
+    *,
+    n_items: int,
+    settings: posterior.Settings,
+    advance: Callable[[int], None] = lambda _: None,
+) -> posterior.Opinions:
+    """`posterior.learn_opinions`, once for all methods that ask for the same: what donors say does not depend on how
+    histories are shown, nor, without the aligned space, on the seed."""
+    read = {
+        "user_E": rows.user_E, "split_E": rows.split_E, "group_U": rows.group_U, "item_E": events.item_E,
+        "label_E": events.label_E, "user_P": user_P,
+    }  # fmt: skip
+    aligned = {} if item_ND is None else {"item_ND": item_ND}
+    key = fingerprint("opinions", files.digest_arrays(read | aligned), n_items, settings.components, settings.folds)
+
+    def build(folder: pathlib.Path) -> None:
+        learnt = posterior.learn_opinions(
+            events, rows, user_P, item_ND, n_items=n_items, settings=settings, advance=advance
+        )
+        files.write_arrays(folder / "opinions.npz", **learnt._asdict())
+
+    with np.load(stages("opinions", key, build) / "opinions.npz") as arrays:
+        return posterior.Opinions(**arrays)
+
+
 def train_stage(context: Context, donation: Donation | None, method: str) -> Trained:
     """Trains the CTR model on histories augmented by `method` and scores the test rows; the base needs no donation."""
     config, loaded, stages, seed = context
@@ -1263,6 +1294,7 @@ def treat(context: Context, donation: Donation, method: str) -> Treatment:
         cut_share=config.short.share,
         baselines=baselines.Settings(config.baselines.mode, config.baselines.view_length),
         seed=seed,
+        learn=functools.partial(opinions_stage, context.stages),
     )
     treatment = METHODS[method].treat(offer)
     lent = treatment.augmentation

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from marsjax import jobs, pipeline, study
+from marsjax.augmentation import posterior
 from marsjax.augmentation.methods import METHODS
 from marsjax.configuration import load_config
 from marsjax.data import batches
@@ -150,6 +151,28 @@ def test_side_by_side_is_as_one_after_the_other(config, tmp_path, monkeypatch):
         assert {key: two[key] for key in ("rows", "comparisons", "search", "validation", "by_length")} == {
             key: one[key] for key in ("rows", "comparisons", "search", "validation", "by_length")
         }
+
+
+def test_opinions_are_learnt_once_for_all_methods_and_none_is_changed_by_that(config, tmp_path, monkeypatch):
+    config = pipeline.with_changes(config, {"alignment.epochs": "0", "ctr.inputs": "strong"})
+    context = pipeline.Context(config, pipeline.load(config), Stages(tmp_path), 0)
+    other = context._replace(config=pipeline.with_changes(config, {"alignment.epochs": "0.2"}))
+    learn, learnt = posterior.learn_opinions, []
+    monkeypatch.setattr(posterior, "learn_opinions", lambda *a, **k: learnt.append(a) or learn(*a, **k))
+    donation = pipeline.borrow(context)
+    given = {
+        name: pipeline.treat(context, donation, name)
+        for name in ("mars_posterior", "mars_short_posterior", "collaborative_posterior")
+    }
+    pipeline.treat(other, pipeline.borrow(other), "collaborative_short_posterior")
+    assert len(learnt) == 2  # with the aligned space and without it
+    pipeline.treat(other, pipeline.borrow(other), "mars_posterior")
+    assert len(learnt) == 3  # another space
+    monkeypatch.setattr(pipeline, "opinions_stage", lambda stages, *a, **k: learn(*a, **k))
+    for name, treatment in given.items():
+        anew = pipeline.treat(context, donation, name)
+        np.testing.assert_allclose(treatment.dense_EJ, anew.dense_EJ, atol=1e-5)
+        assert treatment.opinions is not None
 
 
 def test_a_search_chooses_on_validation_rows_and_trains_all_seeds_with_that(config, tmp_path, monkeypatch):

@@ -27,6 +27,9 @@ from marsjax.records import (
     Viewing,
 )
 
+Learn = Callable[..., posterior.Opinions]
+LEARN: Learn = posterior.learn_opinions
+
 
 class Offer(NamedTuple):
     """What a method may use."""
@@ -43,6 +46,7 @@ class Offer(NamedTuple):
     cut_share: float  # of the rows that `short_histories` cuts
     baselines: baselines.Settings
     seed: int
+    learn: Learn = LEARN  # or what knows the answer from another method
 
 
 class Treatment(NamedTuple):
@@ -310,7 +314,7 @@ def expect(offer: Offer, item_ND: np.ndarray | None) -> Treatment:
     """What is to be expected on the targets of all rows. Donors are asked as any user is, about other donors."""
     rows, settings, n_items = offer.rows, offer.posterior, len(offer.item_ND)
     with progress("opinions", settings.folds) as advance:
-        opinions = posterior.learn_opinions(
+        opinions = offer.learn(
             offer.log, rows, offer.donors.user_P, item_ND, n_items=n_items, settings=settings, advance=advance
         )
     row_R = np.flatnonzero(rows.split_E >= 0)
