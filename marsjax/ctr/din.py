@@ -91,10 +91,12 @@ class Din(nn.Module):
     def pool(self, target_BD: jax.Array, history_BLD: jax.Array, batch: CtrBatch, *, train: bool) -> list[jax.Array]:
         """What the attention pools of each part of the history, [B, D] each. Of the batch the masks are read."""
         values = target_BD, history_BLD, batch.weight_B, parts_of(batch, apart=self.apart)
-        rows = rows_at_a_time(history_BLD, self.attention[0])
-        # Dice asks for the mean over all rows. What only scores is exported for any number of rows.
-        if not train or self.activation == "dice" or rows == len(history_BLD) or self.is_initializing():
+        # What only scores is exported for any number of rows. Dice asks for the mean over all rows.
+        if not train or self.activation == "dice" or self.is_initializing():
             return self._pooled(*values, train=train)
+        rows = rows_at_a_time(history_BLD, self.attention[0])
+        if rows == len(history_BLD):
+            return self._pooled(*values, train=True)
         chunks = jax.tree.map(lambda value: value.reshape(-1, rows, *value.shape[1:]), values)
         one = nn.remat(lambda module, _, chunk: (None, module._pooled(*chunk, train=True)))
         each = nn.scan(one, variable_broadcast="params", split_rngs={"params": False})
