@@ -36,13 +36,14 @@ ALLOWED: dict[str, set[str]] = {
     },
     "provenance": set(),
     "stages": {"provenance"},
+    "jobs": {"progress"},
     "configuration": set(),
     "defaults": {"data.synthetic"},  # its arguments are configuration keys
     "study": set(),
     "sources": {"configuration", "data", "features.text"},
     "pipeline": {
-        "alignment", "augmentation", "configuration", "ctr", "data", "embeddings", "evaluation", "features", "progress",
-        "provenance", "retrieval", "serving", "sources", "stages", "study", "training",
+        "alignment", "augmentation", "configuration", "ctr", "data", "embeddings", "evaluation", "features", "jobs",
+        "progress", "provenance", "retrieval", "serving", "sources", "stages", "study", "training",
     },
     "main": {"allocator", "configuration", "defaults"},  # and the pipeline, by importlib once the flags are read
 }  # fmt: skip
