@@ -299,8 +299,8 @@ def test_without_epochs_the_encoder_stays_as_it_was_drawn(config, tmp_path):
     drawn = spaces[0].encoder.init(jax.random.key(0), _first_batch(context), spaces[0].tables)["params"]
     untrained, trained = (jax.tree.leaves(space.params) for space in spaces)
     for expected, found in zip(jax.tree.leaves(drawn), untrained, strict=True):
-        np.testing.assert_array_equal(found, expected)
-    assert any((a != b).any() for a, b in zip(trained, untrained, strict=True))
+        np.testing.assert_allclose(found, expected, atol=1e-6)  # drawn by one program, here op by op
+    assert any((np.abs(a - b) > 1e-4).any() for a, b in zip(trained, untrained, strict=True))
 
 
 def _first_batch(context):
