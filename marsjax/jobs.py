@@ -11,7 +11,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from marsjax.progress import progress
+from marsjax.allocator import keep_freed_memory
+from marsjax.progress import log_to, progress
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,5 @@ def _begin(shared: Any, counter: Any, processes: int, logs: pathlib.Path) -> Non
         mine = shares(sorted(os.sched_getaffinity(0)), processes)[number % processes]
         os.sched_setaffinity(0, mine)
     sys.stderr = open(logs / f"{number}.log", "a", buffering=1)  # noqa: SIM115, it stays open
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("jax").setLevel(logging.WARNING)
+    log_to(sys.stderr, force=True)
+    keep_freed_memory()  # a setting of the process, which is not handed down

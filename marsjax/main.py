@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import os
 import pathlib
 import shlex
@@ -104,10 +103,9 @@ def main(argv: list[str] | None = None) -> int:
             shown = [line for line in lines if not command.serves or line.startswith("  --config.serving.")]
             sys.stdout.write(f"\nconfiguration of {arguments.config or file}:\n" + "\n".join(shown) + "\n")
         return 0
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    # Orbax tells every step of a save, and every part of a failure, which is raised and told in one line here.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("jax").setLevel(logging.WARNING)  # jax tells which backends it looked for
+    from marsjax.progress import log_to  # here, as it loads rich, and --help answers at once
+
+    log_to(sys.stderr)
     keep_freed_memory()
     try:
         pipeline = importlib.import_module("marsjax.pipeline")  # here, so that --help answers at once

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import rich.console
 import rich.progress
@@ -14,6 +14,16 @@ import rich.progress
 log = logging.getLogger(__name__)
 
 Advance = Callable[..., None]
+
+
+def log_to(stream: TextIO, *, force: bool = False) -> None:
+    """Sends what is logged to `stream`, save what two libraries tell at length; with `force` nowhere else."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=stream, force=force
+    )
+    # Orbax tells every step of a save, and every part of a failure, which is raised and told in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("jax").setLevel(logging.WARNING)  # jax tells which backends it looked for
 
 
 class _Rate(rich.progress.ProgressColumn):

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "provenance": set(),
     "stages": {"provenance"},
-    "jobs": {"progress"},
+    "jobs": {"allocator", "progress"},
     "configuration": set(),
     "defaults": {"data.synthetic"},  # its arguments are configuration keys
     "study": set(),
@@ -45,7 +45,8 @@ ALLOWED: dict[str, set[str]] = {
         "alignment", "augmentation", "configuration", "ctr", "data", "embeddings", "evaluation", "features", "jobs",
         "progress", "provenance", "retrieval", "serving", "sources", "stages", "study", "training",
     },
-    "main": {"allocator", "configuration", "defaults"},  # and the pipeline, by importlib once the flags are read
+    # And the pipeline, by importlib once the flags are read.
+    "main": {"allocator", "configuration", "defaults", "progress"},
 }  # fmt: skip
 
 # Packages that only the files behind which they are hidden may import.
