@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from marsjax import __version__
 from marsjax.allocator import keep_freed_memory
+from marsjax.compilation import keep_compiled
 from marsjax.configuration import describe, load_config, split_overrides, with_overrides
 from marsjax.defaults import default_config
 
@@ -107,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
 
     log_to(sys.stderr)
     keep_freed_memory()
+    if command.needs_config and not command.serves:
+        keep_compiled(arguments.workdir)
     try:
         pipeline = importlib.import_module("marsjax.pipeline")  # here, so that --help answers at once
         positional = (config,) if command.serves else (config, arguments.workdir) if command.needs_config else ()

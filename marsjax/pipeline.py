@@ -123,8 +123,7 @@ class Trained(NamedTuple):
 
     predictions: Predictions
     valid: Predictions
-    params: PyTree
-    statistics: PyTree
+    load: Callable[[], PyTree]  # {"params", "statistics"} of the model; most who ask for scores do without
     name: str  # of its stage
 
 
@@ -357,7 +356,7 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             item_ND=vectors.item_ND,
             feature_NF=np.zeros((n_items, 0), np.float32) if features is None else features,
         ),
-        ctr={"params": trained.params, "statistics": trained.statistics},
+        ctr=trained.load(),
         space=serving.Encoder(space.encoder, space.params, space.tables),
         lenders=lenders_of(context, space, vectors, donation.donors),
         known=knowledge.make_knowledge(
@@ -808,9 +807,10 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
     key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, read_by(config, donation, method))
     test_E = np.flatnonzero(rows.split_E == TEST)
     dense = METHODS[method].numbers + (0 if inputs.dense_EJ is None else inputs.dense_EJ.shape[1])
-    template = objective.init_model(model, tables, seed=seed, dense=dense)
+    make_template = functools.partial(objective.init_model, model, tables, seed=seed, dense=dense)
 
     def build(folder: pathlib.Path) -> None:
+        template = make_template()
         train_E, valid_E = np.flatnonzero(rows.split_E == TRAIN), np.flatnonzero(rows.split_E == VALID)
         treatment = Treatment() if donation is None else treat(context, donation, method)
         shown = treatment.rows or rows
@@ -883,12 +883,10 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
     with np.load(folder / "scores.npz") as arrays:
         score_E[test_E], lent_E[test_E] = arrays["test"], arrays["lent"]
         score_E[rows.split_E == VALID] = arrays["valid"]
-    trained = checkpoint.load_params(folder / "params", template)
     return Trained(
         predictions_of(loaded, score_E, lent_E),
         predictions_of(loaded, score_E, split=VALID),
-        trained["params"],
-        trained["statistics"],
+        lambda: checkpoint.load_params(folder / "params", make_template()),
         f"{method}-seed{seed}",
     )
 
@@ -978,27 +976,32 @@ def cell_jobs(cells: Sequence[PlannedCell], *, together: int = 4) -> dict[jobs.N
     """What runs cells in parts that can be done side by side, the first cell first.
 
     Of a cell and seed, what all its methods share comes first, with the base, and then its methods, `together` at a
-    time. Where each method has the setting that suits it, the first seed finds it.
+    time. Where each method has the setting that suits it, the first seed finds it, for each method in a job of its own,
+    since the other seeds wait for it.
     """
     made: dict[jobs.Name, jobs.Job] = {}
     for planned in cells:
         config, name = planned.config, planned.cell.name
         methods = [method for method in config.evaluation.methods if method != "base"]
+        step = 1 if planned.cell.settings else together
         for seed in config.seeds:
             shared = (name, seed, "shared")
-            made[shared] = jobs.Job(train_some, (planned, seed, ("base",), config.split.sparse_fraction > 0))
-            for i in range(0, len(methods), together):
-                some = tuple(methods[i : i + together])
-                suited = planned.cell.settings and seed != config.seeds[0]
-                after = (shared, (name, config.seeds[0], some[0])) if suited else (shared,)
-                made[name, seed, some[0]] = jobs.Job(train_some, (planned, seed, some, False), after)
+            late = planned.cell.settings and seed != config.seeds[0]
+            first = ((name, config.seeds[0], "shared"),) if late else ()
+            made[shared] = jobs.Job(train_some, (planned, seed, ("base",)), first)
+            for i in range(0, len(methods), step):
+                some = tuple(methods[i : i + step])
+                after = (shared, (name, config.seeds[0], some[0])) if late else (shared,)
+                made[name, seed, some[0]] = jobs.Job(train_some, (planned, seed, some), after)
+            if config.split.sparse_fraction:
+                made[name, seed, "full_history"] = jobs.Job(train_ceiling, (planned, seed))
         of_cell = tuple(job for job in made if job[0] == name)
         made[name, "report"] = jobs.Job(finish_cell, (planned,), of_cell)
     return made
 
 
-def train_some(shelf: Shelf, planned: PlannedCell, seed: int, methods: Sequence[str], ceiling: bool) -> None:
-    """Some methods of a cell for one seed; with `ceiling` also the model of sparse users' whole histories."""
+def train_some(shelf: Shelf, planned: PlannedCell, seed: int, methods: Sequence[str]) -> None:
+    """Some methods of a cell for one seed."""
     config, stages, loaded = planned.config, Stages(planned.workdir), shelf.ready(planned.config)
     some = with_changes(config, {"evaluation.methods": ",".join(methods)})
     suited = suit(search(some, stages, loaded, planned.cell.settings), some) if planned.cell.settings else {}
@@ -1006,9 +1009,13 @@ def train_some(shelf: Shelf, planned: PlannedCell, seed: int, methods: Sequence[
     for method in methods:
         context = Context(suited.get(method, config), loaded, stages, seed)
         judge_stage(config, stages, train_stage(context, donation, method))
-    if ceiling:
-        (best,) = full_history(with_changes(config, {"seeds": str(seed)}), stages, loaded)
-        judge_stage(config, stages, best)
+
+
+def train_ceiling(shelf: Shelf, planned: PlannedCell, seed: int) -> None:
+    """The model of sparse users' whole histories for one seed."""
+    stages, loaded = Stages(planned.workdir), shelf.ready(planned.config)
+    (best,) = full_history(with_changes(planned.config, {"seeds": str(seed)}), stages, loaded)
+    judge_stage(planned.config, stages, best)
 
 
 def finish_cell(shelf: Shelf, planned: PlannedCell) -> None:

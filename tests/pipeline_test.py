@@ -409,7 +409,7 @@ def test_labels_of_test_rows_change_no_parameter(workdir, tmp_path):
     for name, data in (("a", context.loaded.dataset), ("b", dataset)):
         c = context._replace(loaded=context.loaded._replace(dataset=data), stages=Stages(tmp_path / name))
         trained.append(pipeline.train_stage(c, donation, "mars"))
-    for one, other in zip(*(jax.tree.leaves(t.params) for t in trained), strict=True):
+    for one, other in zip(*(jax.tree.leaves(t.load()) for t in trained), strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(trained[0].predictions.score_B, trained[1].predictions.score_B)
     np.testing.assert_array_equal(trained[0].predictions.label_B, 1 - trained[1].predictions.label_B)

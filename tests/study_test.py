@@ -70,7 +70,7 @@ def test_changes_leave_the_configuration_alone(config):
 
 
 def test_unknown_parts_are_refused(config, tmp_path):
-    with pytest.raises(ValueError, match="--parts: expected some of table1, .*found table9"):
+    with pytest.raises(ValueError, match="--parts: expected some of headline, .*found table9"):
         pipeline.reproduce(config, tmp_path, parts="table9")
 
 
@@ -193,7 +193,7 @@ def test_a_search_chooses_on_validation_rows_and_trains_all_seeds_with_that(conf
     def train_stage(context, donation, method):
         asked.append((method, context.config.ctr.epochs, context.seed))
         valid, test = (drawn(*asked[-1][:2], 10 * number + context.seed) for number in (1, 2))
-        return pipeline.Trained(test, valid, None, None, "drawn")
+        return pipeline.Trained(test, valid, dict, "drawn")
 
     monkeypatch.setattr(pipeline, "train_stage", train_stage)
     monkeypatch.setattr(pipeline, "borrow", lambda context: None)
