@@ -44,6 +44,11 @@ def run(jobs: Mapping[Name, Job], shared: Any, *, processes: int, logs: pathlib.
     logs.mkdir(parents=True, exist_ok=True)
     # Each would take three quarters of a GPU's memory for itself. Read where a process first asks for a device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # NumPy starts a thread a processor as it is loaded, before a process has its share: sixteen of them that spin on one
+    # processor take nearly all of its time.
+    threads = str(max(map(len, shares(_processors(), processes))))
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, threads)
     waiting, done = dict(jobs), set[Name]()
     failed: dict[Name, BaseException] = {}
     context = multiprocessing.get_context("spawn")  # a forked process would share the threads of jax
@@ -97,6 +102,13 @@ def shares(cores: Sequence[int], processes: int) -> list[list[int]]:
     return [list(cores[i::processes]) or [cores[i % len(cores)]] for i in range(processes)]
 
 
+def _processors() -> list[int]:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 _shared: Any = None  # of this process, which `_begin` gave it
 
 
@@ -112,8 +124,7 @@ def _begin(shared: Any, counter: Any, processes: int, logs: pathlib.Path) -> Non
         number = counter.value
         counter.value += 1
     if hasattr(os, "sched_setaffinity"):  # Linux
-        mine = shares(sorted(os.sched_getaffinity(0)), processes)[number % processes]
-        os.sched_setaffinity(0, mine)
+        os.sched_setaffinity(0, shares(_processors(), processes)[number % processes])
     sys.stderr = open(logs / f"{number}.log", "a", buffering=1)  # noqa: SIM115, it stays open
     log_to(sys.stderr, force=True)
     keep_freed_memory()  # a setting of the process, which is not handed down

@@ -4,6 +4,7 @@ import os
 import pathlib
 import time
 
+import numpy as np
 import pytest
 
 from marsjax import jobs
@@ -44,6 +45,13 @@ def interrupt(folder):
     raise KeyboardInterrupt
 
 
+def multiply(shared):
+    """`shared` holds an array, so that numpy is loaded where it is read: before the process has its processors."""
+    folder, array = shared
+    array @ array
+    (folder / f"{os.getpid()}.threads").write_text(str(len(os.listdir("/proc/self/task"))))
+
+
 def names(folder):
     return sorted(path.stem for path in folder.glob("*.done"))
 
@@ -58,6 +66,16 @@ def test_each_job_is_done_once_after_what_it_waits_for_and_beside_the_others(tmp
     assert jobs.run(work, tmp_path, processes=2, logs=tmp_path / "logs") == {}
     assert names(tmp_path) == ["a", "b", "c", "last"]
     assert len(list((tmp_path / "logs").iterdir())) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processors are shared out on Linux alone")
+def test_a_process_has_as_many_threads_as_processors(tmp_path, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # to be put back as it was
+        monkeypatch.delenv(name)
+    shared, many = (tmp_path, np.ones((500, 500))), len(os.sched_getaffinity(0))
+    assert jobs.run({("a",): Job(multiply, ())}, shared, processes=many, logs=tmp_path / "logs") == {}
+    assert [path.read_text() for path in tmp_path.glob("*.threads")] == ["1"]
 
 
 def test_what_fails_is_told_and_what_waits_for_it_is_left(tmp_path, caplog):
