@@ -1,7 +1,7 @@
 """How fast is a training step of a DIN, and an epoch, against FuxiCTR's DIN in PyTorch?
 
     pip install fuxictr torch
-    python benchmarks/din_step.py [--epoch [--folder=PATH/ml-1m]] [--output=benchmarks/results/din_step.json]
+    python -m benchmarks.din_step [--epoch [--folder=PATH/ml-1m]] [--output=benchmarks/results/din_step.json]
 
 FuxiCTR is no dependency of this project: `--alone` measures our side without it.
 
@@ -39,7 +39,6 @@ import logging
 import math
 import os
 import pathlib
-import shlex
 import statistics
 import subprocess
 import sys
@@ -50,6 +49,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import harness
+
 log = logging.getLogger("din_step")
 
 TARGET = 2.0  # times as fast as FuxiCTR
@@ -58,7 +59,6 @@ USERS, ITEMS, CATEGORIES, GENRES = 6040, 3416, 18, 6  # as MovieLens-1M has them
 EMBEDDING, ATTENTION, TOWER = 10, (80, 40), (200, 80)
 RATE, CLIP, SEED, WARM, ROTATED = 1e-3, 10.0, 0, 3, 4
 EPOCH_BATCH, EPOCH_ACTIVATION = 512, "dice"
-TABLE = ("case", "ours", "FuxiCTR", "ratio", "turns", "processor time: ours", "FuxiCTR", "reached: ours", "FuxiCTR")
 
 
 class Size(NamedTuple):
@@ -95,26 +95,6 @@ class Side(NamedTuple):
     parameters: int
 
 
-class Machine(NamedTuple):
-    """What it does at best, all cores together, and with what it was measured."""
-
-    flops: float  # of a float32 matrix product, a second
-    bytes: float  # of a copy, a second, read and written
-    threads: str
-
-
-class Timed(NamedTuple):
-    """Turns of one side, in seconds."""
-
-    turns: list[float]
-    parameters: int
-    processor: list[float]  # of all threads together; empty: not measured
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.turns)
-
-
 # --- what a step has to do ------------------------------------------------------------------------------------------
 
 
@@ -142,39 +122,6 @@ def least_bytes(size: Size, *, folded: bool, parameters: int) -> float:
     numbers = entries * (6 * depth + passes * sum(size.attention)) + size.batch * passes * sum(size.tower)
     numbers += 0 if folded else entries * 5 * 4 * depth
     return 4.0 * (numbers + 8 * parameters)
-
-
-def bound(machine: Machine, flops: float, moved: float) -> float:
-    """Seconds that the machine needs at least."""
-    return max(flops / machine.flops, moved / machine.bytes)
-
-
-def measure_machine(torch: Any = None) -> Machine:
-    """The rates that a step is held against: the better one of NumPy's and, where it is there, PyTorch's."""
-    width, count = 2048, 64 << 20
-    a, b, c = (np.ones((width, width), np.float32) for _ in range(3))
-    source, target = np.ones(count, np.float32), np.zeros(count, np.float32)
-    products: list[Callable[[], Any]] = [lambda: np.matmul(a, b, out=c)]
-    copies: list[Callable[[], Any]] = [lambda: np.copyto(target, source)]
-    if torch is not None:
-        x, y, z, from_, to = (torch.from_numpy(value) for value in (a, b, c, source, target))
-        products.append(lambda: torch.matmul(x, y, out=z))
-        copies.append(lambda: to.copy_(from_))
-    flops = 2 * width**3 / min(quickest(work) for work in products)
-    moved = 2 * source.nbytes / min(quickest(work) for work in copies)
-    cores = len(os.sched_getaffinity(0))
-    threads = f"{cores} cores" + ("" if torch is None else f", {torch.get_num_threads()} threads of PyTorch")
-    return Machine(flops, moved, threads)
-
-
-def quickest(work: Callable[[], Any], *, times: int = 7) -> float:
-    """Seconds of the fastest of some calls."""
-    found = []
-    for _ in range(times):
-        began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
-    return min(found)
 
 
 # --- the two sides --------------------------------------------------------------------------------------------------
@@ -319,54 +266,27 @@ def their_side(fuxi: Fuxi, size: Size, folder: str) -> Side:
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def take_turns(sides: dict[str, Side], *, turns: int, seconds: float) -> dict[str, Timed]:
-    """Seconds of a step of each side, `turns` times in turns of about `seconds`, after a warm-up."""
-    steps, found = {}, {name: Timed([], side.parameters, []) for name, side in sides.items()}
-    for name, side in sides.items():
-        side.run(WARM)
-        began = time.perf_counter()
-        side.run(1)
-        steps[name] = max(1, math.ceil(seconds / max(time.perf_counter() - began, 1e-6)))
-    for _ in range(turns):
-        for name, side in sides.items():
-            began, before = time.perf_counter(), time.process_time()
-            loss = side.run(steps[name])
-            found[name].processor.append((time.process_time() - before) / steps[name])
-            found[name].turns.append((time.perf_counter() - began) / steps[name])
-            if not math.isfinite(loss):
-                raise SystemExit(f"{name}: expected a finite loss, found {loss}")
-    return found
+def whole(name: str, run: Callable[[int], float]) -> Callable[[int], float]:
+    """The steps of a side, which must end with a finite loss."""
+
+    def checked(steps: int) -> float:
+        if not math.isfinite(loss := run(steps)):
+            raise SystemExit(f"{name}: expected a finite loss, found {loss}")
+        return loss
+
+    return checked
 
 
-def compare(question: str, case: str, ours: Timed, other: Timed | None, name: str | None, scale: float) -> dict:
-    """A row in the form of all performance results, with spreads: the least and the most of the turns."""
-    ratio = None if other is None else other.median / ours.median
-    row: dict[str, Any] = {
-        "question": question, "case": case, "ours": ours.median * scale,
-        "other": None if other is None else other.median * scale, "other_name": name, "ratio": ratio,
-        "target": TARGET, "met": None if ratio is None else bool(ratio >= TARGET),
-    }  # fmt: skip
-    row["turns"] = len(ours.turns)
-    for label, side in (("ours", ours), ("other", other)):
-        row[f"{label}_least"] = None if side is None else min(side.turns) * scale
-        row[f"{label}_most"] = None if side is None else max(side.turns) * scale
-        if side is not None and side.processor:
-            row[f"{label}_processor"] = statistics.median(side.processor) * scale
-    of_turns = [] if other is None else [b / a for a, b in zip(ours.turns, other.turns, strict=True)]
-    if "other_processor" in row:
-        row["processor_ratio"] = row["other_processor"] / row["ours_processor"]
-    return row | {"ratio_least": min(of_turns, default=None), "ratio_most": max(of_turns, default=None)}
-
-
-def step_row(size: Size, fuxi: Fuxi | None, machine: Machine, *, turns: int, seconds: float) -> dict[str, Any]:
+def step_row(size: Size, fuxi: Fuxi | None, machine: harness.Machine, *, turns: int, seconds: float) -> dict[str, Any]:
     """Milliseconds of a step of both sides, and how near they come to what the machine does at best."""
     log.info("steps: %s", size.case)
     with tempfile.TemporaryDirectory() as folder:
         sides = {"ours": our_side(size)} | ({} if fuxi is None else {"other": their_side(fuxi, size, folder)})
-        timed = take_turns(sides, turns=turns, seconds=seconds)
+        runs = {side: whole(side, sides[side].run) for side in sides}
+        timed = harness.take_turns(runs, turns=turns, seconds=seconds, warm=WARM)
     name = None if fuxi is None else f"FuxiCTR {fuxi.version}"
     question = "milliseconds of a training step of a DIN"
-    row = compare(question, size.case, timed["ours"], timed.get("other"), name, 1e3)
+    row = harness.compare(question, size.case, timed["ours"], timed.get("other"), name, target=TARGET)
     depth = 2 * EMBEDDING
     for label, folded, tower_input in (
         ("ours", True, 3 * depth + EMBEDDING),
@@ -375,10 +295,10 @@ def step_row(size: Size, fuxi: Fuxi | None, machine: Machine, *, turns: int, sec
         if label not in timed:
             continue
         flops = matmul_flops(size, folded=folded, tower_input=tower_input)
-        moved = least_bytes(size, folded=folded, parameters=timed[label].parameters)
-        least = bound(machine, flops, moved)
+        moved = least_bytes(size, folded=folded, parameters=sides[label].parameters)
+        least = harness.bound(machine, flops, moved)
         row |= {
-            f"{label}_parameters": timed[label].parameters, f"{label}_gigaflops": flops / 1e9,
+            f"{label}_parameters": sides[label].parameters, f"{label}_gigaflops": flops / 1e9,
             f"{label}_gigabytes": moved / 1e9, f"{label}_bound": least * 1e3,
             f"{label}_bound_by": "operations" if flops / machine.flops >= moved / machine.bytes else "bytes",
             f"{label}_reached": least / timed[label].median,
@@ -534,7 +454,8 @@ def epoch_rows(arguments: argparse.Namespace, folder: str, fuxi: Fuxi | None) ->
                 log.info("epochs: %s, seed %d, %s", loaded.dataset.name, seed, side)
                 answer = pathlib.Path(work, "answer.json")
                 words = [
-                    sys.executable, __file__, f"--side={side}", f"--seeds={seed}", f"--epochs={arguments.epochs}",
+                    sys.executable, "-m", "benchmarks.din_step", f"--side={side}", f"--seeds={seed}",
+                    f"--epochs={arguments.epochs}",
                     f"--workers={arguments.workers}", f"--allocator={arguments.allocator}", f"--work={work}",
                     f"--size={json.dumps(size)}", f"--folder={folder}",
                 ]  # fmt: skip
@@ -544,19 +465,17 @@ def epoch_rows(arguments: argparse.Namespace, folder: str, fuxi: Fuxi | None) ->
                 log.info("%s", done[-1])
     name = None if fuxi is None else f"FuxiCTR {fuxi.version}"
     case = f"{loaded.dataset.name}, {found['ours'][0]['rows']} rows, batch {size.batch}, epochs {arguments.epochs}"
-    timed = {
-        side: Timed([run["seconds"] for run in done], done[0]["parameters"], []) for side, done in found.items()
-    }  # fmt: skip
-    first = Timed([run["first_seconds"] for run in found["ours"]], timed["ours"].parameters, [])
+    timed = {side: harness.Timed([run["seconds"] for run in done], []) for side, done in found.items()}
+    first = harness.Timed([run["first_seconds"] for run in found["ours"]], [])
     for question, ours in (
         ("seconds of an epoch of a DIN, with its validation", timed["ours"]),
         ("the same where ours has yet to compile", first),
     ):
-        row = compare(question, case, ours, timed.get("theirs"), name, 1.0)
-        row["ours_parameters"] = ours.parameters
+        row = harness.compare(question, case, ours, timed.get("theirs"), name, scale=1.0, target=TARGET)
+        row["ours_parameters"] = found["ours"][0]["parameters"]
         row["ours_rows_per_second"] = found["ours"][0]["rows"] / ours.median
         if "theirs" in timed:
-            row["other_parameters"] = timed["theirs"].parameters
+            row["other_parameters"] = found["theirs"][0]["parameters"]
             row["other_rows_per_second"] = found["theirs"][0]["rows"] / timed["theirs"].median
         yield row if ours is timed["ours"] else row | {"target": None, "met": None}
     quality = {side: [run["auc"] for run in done] for side, done in found.items()}
@@ -572,30 +491,6 @@ def epoch_rows(arguments: argparse.Namespace, folder: str, fuxi: Fuxi | None) ->
 
 
 # --- what is printed ------------------------------------------------------------------------------------------------
-
-
-def as_markdown(rows: Iterable[dict[str, Any]]) -> str:
-    """A table for each question."""
-    lines: list[str] = []
-    asked = ""
-    for row in rows:
-        if row["question"] != asked:
-            asked = row["question"]
-            lines += ["", f"{asked}:", "", f"| {' | '.join(TABLE)} |", f"|{'---|' * len(TABLE)}"]
-        low, high = row.get("ratio_least"), row.get("ratio_most")
-        cells = [
-            row["case"], number(row["ours"]), number(row["other"]), number(row["ratio"]),
-            "" if low is None else f"{low:.2f} to {high:.2f}",
-            number(row.get("ours_processor")), number(row.get("other_processor")),
-            *(share(row, side) for side in ("ours", "other")),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def number(value: float | None) -> str:
-    """Four digits."""
-    return "" if value is None else f"{value:.4g}"
 
 
 def share(row: dict[str, Any], side: str) -> str:
@@ -668,12 +563,9 @@ def main(words: list[str] | None = None) -> None:
         train_once(arguments)
         return
     fuxi = None if arguments.alone else need_fuxictr()
-    from marsjax import files, provenance
-
-    commit, began, rows = provenance.current_commit(), time.perf_counter(), []
-    machine = measure_machine(None if fuxi is None else fuxi.torch)
-    able = f"{machine.threads}, {machine.flops / 1e9:.0f} GFLOP/s in float32, {machine.bytes / 1e9:.1f} GB/s of copies"
-    sys.stdout.write(able + "\n")
+    began, rows = harness.begin(), []
+    machine = harness.measure_machine(None if fuxi is None else fuxi.torch)
+    sys.stdout.write(machine.describe() + "\n")
     sizes = [
         Size(batch, history, activation)
         for activation in arguments.activations
@@ -685,25 +577,20 @@ def main(words: list[str] | None = None) -> None:
     if arguments.epoch:
         for folder in ("", arguments.folder) if arguments.folder else ("",):
             rows += epoch_rows(arguments, folder, fuxi)
-    sys.stdout.write(as_markdown(rows))
+    for row in rows:
+        row["note"] = "; ".join(
+            f"{name}: {text}" for name, side in (("ours", "ours"), ("FuxiCTR", "other")) if (text := share(row, side))
+        )
     sys.stdout.write("\nparameters:\n")
     for row in rows:
         counts = [f"{side} {row[f'{side}_parameters']:,}" for side in ("ours", "other") if f"{side}_parameters" in row]
         if counts:
             sys.stdout.write(f"{row['case']}: {', '.join(counts)}\n")
-    if arguments.output:
-        versions = "" if fuxi is None else f", torch {fuxi.torch.__version__}, fuxictr {fuxi.version}"
-        given = sys.argv[1:] if words is None else words
-        # Where the data lie on this machine says nothing, nor where the rows went.
-        kept = ["--folder=PATH/ml-1m" if word.startswith("--folder") else word for word in given]
-        results = {
-            "command": shlex.join(["python", "benchmarks/din_step.py", *kept]),
-            "commit": commit,
-            "machine": f"{provenance.machine_description()}{versions}; {able}",
-            "wall_seconds": time.perf_counter() - began,
-            "rows": rows,
-        }
-        files.write_json(arguments.output, results)
+    versions = "" if fuxi is None else f"torch {fuxi.torch.__version__}, fuxictr {fuxi.version}; "
+    harness.write_results(
+        arguments.output, rows, began, program="-m benchmarks.din_step", words=words,
+        machine=versions + machine.describe(),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
