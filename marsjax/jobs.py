@@ -47,8 +47,8 @@ def run(jobs: Mapping[Name, Job], shared: Any, *, processes: int, logs: pathlib.
     # NumPy starts a thread a processor as it is loaded, before a process has its share: sixteen of them that spin on one
     # processor take nearly all of its time.
     threads = str(max(map(len, shares(_processors(), processes))))
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, threads)
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, threads)
     waiting, done = dict(jobs), set[Name]()
     failed: dict[Name, BaseException] = {}
     context = multiprocessing.get_context("spawn")  # a forked process would share the threads of jax

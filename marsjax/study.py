@@ -240,7 +240,7 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
 
 QUICK = {
     "seeds": "0",
-    "data.sample_users": "800",
+    "data.sample_users": "600",
     "alignment.epochs": "0.5",
     "ctr.epochs": "1",
     "ctr.cap": "50",
@@ -256,7 +256,7 @@ def quick(known: frozenset[str]) -> tuple[Part, ...]:
     for part in full(known):
         if part.name in wanted:
             kept = [cell for cell in part.cells if part.kind != "sparse" or cell.x == 5]
-            if part.name == "table2_strong":  # the baselines stand in the other table
+            if part.name in ("table2_strong", "sparse_strong"):  # the baselines stand in the other table
                 few = ("base", *CONTROLS, *PUBLISHED, *VARIANTS)
                 kept = [cell._replace(methods=tuple(name for name in few if name in known)) for cell in kept]
             parts.append(part._replace(cells=tuple(cell._replace(changes={**cell.changes, **QUICK}) for cell in kept)))
