@@ -118,11 +118,16 @@ def _mind_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
 
 
 def item_images(data: ConfigDict, workdir: pathlib.Path, raw_ids: Sequence[str]) -> dict[str, pathlib.Path]:
-    """Id -> image file, of those items that have one; none where the configuration names no folder that is there."""
-    folder = pathlib.Path(data.folder if data.source == "movielens" else "", data.image_folder)
-    if data.source == "synthetic":
-        folder = workdir / "drawings" / "images"
-    if not (data.image_folder or data.source == "synthetic") or not folder.is_dir():
+    """Id -> image file, of those items that have one; none where the configuration names no folder that is there.
+
+    Posters of MovieLens are shown where they lie beside the official files, also where no model reads them.
+    """
+    folders = {
+        "synthetic": workdir / "drawings" / "images",
+        "movielens": pathlib.Path(data.folder, data.image_folder or "posters"),
+    }
+    folder = folders.get(data.source, pathlib.Path(data.image_folder) if data.image_folder else None)
+    if folder is None or not folder.is_dir():
         return {}
     names = list(raw_ids)
     if data.source == "tabular" and data.items_file and data.columns.image:

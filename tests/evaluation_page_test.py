@@ -231,6 +231,16 @@ def test_markdown_names_the_files_of_plots_in_their_order():
         ("x (y", "a%20plot%201.svg"), ("x (y", "a%20plot%202.svg")]  # fmt: skip
 
 
+def test_markdown_leaves_out_the_numbers_of_a_map():
+    def shown(count):
+        plot = Plot("c", "points", "x", "y", (Series("a", tuple(range(count)), tuple(range(count))),))
+        return to_markdown(Page("p", (), (Section("s", "", (plot,)),)), plots=lambda _: "p.svg")
+
+    assert "| 99 | 99 |" in shown(100)
+    assert "|" not in shown(101)
+    assert "](p.svg)" in shown(101)
+
+
 def test_written_files(tmp_path, image):
     write_page(sample(HOSTILE, image), tmp_path / "out", name="r")
     out = tmp_path / "out"

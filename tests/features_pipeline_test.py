@@ -189,6 +189,14 @@ def test_images_named_by_a_column_are_those_of_the_items(shop, encoder):
     assert found["p7"].name == "shot-107.jpg"
 
 
+def test_posters_are_shown_where_no_model_reads_them(tmp_path):
+    data = load_config("configs/ml1m.py", {"data.folder": str(tmp_path)}).data
+    assert item_images(data, tmp_path, ["1", "2"]) == {}
+    (tmp_path / "posters").mkdir()
+    PIL.Image.new("RGB", (4, 6)).save(tmp_path / "posters" / "2.jpg")
+    assert item_images(data, tmp_path, ["1", "2"]) == {"2": tmp_path / "posters" / "2.jpg"}
+
+
 def test_the_report_shows_images_named_by_a_column(shop):
     with_photos(shop)
     config = configured(

@@ -148,9 +148,12 @@ def test_side_by_side_is_as_one_after_the_other(config, tmp_path, monkeypatch):
     pipeline.reproduce(config, tmp_path / "one")
     for name in ("few", "suited"):
         one, two = (json.loads((tmp_path / folder / "cells" / f"{name}.json").read_text()) for folder in ("one", "two"))
-        assert {key: two[key] for key in ("rows", "comparisons", "search", "validation", "by_length")} == {
-            key: one[key] for key in ("rows", "comparisons", "search", "validation", "by_length")
-        }
+        kept = "rows", "comparisons", "search", "validation", "by_length"
+        one, two = ([report[key] for key in kept] for report in (one, two))
+        assert jax.tree.structure(one) == jax.tree.structure(two)
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+            # A product of two threads is summed in another order than one of a single thread.
+            assert a == (b if isinstance(b, str | bool) else pytest.approx(b, rel=1e-6, abs=1e-7))
 
 
 def test_opinions_are_learnt_once_for_all_methods_and_none_is_changed_by_that(config, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from marsjax.evaluation.plots import STYLE, Plot, escape, points, shown, svg
 
 MOST_BYTES = 200_000  # of an image that is embedded
 MAGIC = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png", b"GIF8": "image/gif", b"RIFF": "image/webp"}
+MOST_LINES = 100  # of the numbers of a plot that Markdown shows beside it
 NUMBER = re.compile(r"[+\-\u2212]?(\d[\d,]*)?\.?\d+(e[+-]?\d+)?%?(?![^\s,;)])", re.IGNORECASE)
 NOTHING = {"", "-", "\u2013", "\u2014", "nan", "n/a"}  # cells of numbers that are missing
 # The page may load nothing, whatever is written into it.
@@ -123,6 +124,8 @@ def to_markdown(page: Page, *, plots: Callable[[Plot], str] | None) -> str:
             if isinstance(part, Plot) and plots:
                 alt = _plain(part.caption.replace("[", "(").replace("]", ")"))  # an odd bracket would end it
                 blocks.append(f"![{alt}]({quote(plots(part))})")
+                if len(table.lines) > MOST_LINES:  # of a map: nobody reads them, and the page keeps them folded
+                    continue
             rule = ["--:" if side == "n" else ":--" for side in _sides(table)]
             head, *rest = ([_plain(cell) for cell in line] for line in (table.header, *table.lines))
             blocks.append(f"**{_plain(table.caption)}**")
