@@ -69,7 +69,7 @@ from marsjax.sources import CONTENTS, SOURCES, item_images
 from marsjax.stages import Stages
 from marsjax.training import checkpoint, loop
 from marsjax.training.optimizer import AdamW, adamw
-from marsjax.training.step import init_state
+from marsjax.training.step import init_state, init_variables
 
 log = logging.getLogger(__name__)
 
@@ -666,7 +666,7 @@ def align_stage(context: Context) -> Space:
     _, per_epoch = make_source(steps=1)
     steps = max(1, round(cfg.epochs * per_epoch)) if cfg.epochs else 0  # 0: the encoder as it was drawn
     source, _ = make_source(steps=max(1, steps))
-    template = jax.jit(encoder.init)(jax.random.key(seed), source[0], tables)["params"]  # op by op is slow on a GPU
+    template = init_variables(encoder, (), jax.random.key(seed), source[0], tables)["params"]
     key = fingerprint("alignment", loaded.fingerprint, to_json(cfg), seed)
 
     def build(folder: pathlib.Path) -> None:

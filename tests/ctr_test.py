@@ -11,6 +11,7 @@ from marsjax.ctr.backbones import make_backbone
 from marsjax.ctr.din import TargetAttention, masked_softmax
 from marsjax.ctr.items import content_table
 from marsjax.records import CtrBatch, Items, ItemTables, Modality
+from marsjax.training.step import init_variables
 
 N, G, U = 20, 4, 6
 J = 3
@@ -53,6 +54,18 @@ def build(**changes):
     variables = objective.init_model(model, TABLES, seed=0, dense=J)
     # Statistics and slopes away from their start, so that a wrong use of them shows.
     return model, jax.tree.map(lambda leaf: leaf + 0.1, variables)
+
+
+def test_parameters_are_drawn_by_a_program_that_is_compiled_once():
+    def drawn(seed):
+        model = make_backbone(SETTINGS | {"backbone": "dnn"}, n_items=N, n_categories=G, n_users=U, n_features=5)
+        return objective.init_model(model, TABLES, seed=seed, dense=J)
+
+    one, compiled = drawn(0), init_variables._cache_size()
+    other = drawn(1)
+    assert init_variables._cache_size() == compiled
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, one, drawn(0))
 
 
 ALL = [

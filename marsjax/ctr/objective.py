@@ -17,7 +17,7 @@ from marsjax.ctr.view_losses import view_loss
 from marsjax.records import CtrBatch, ItemTables, Objective
 from marsjax.training.optimizer import AdamW, adamw
 from marsjax.training.sharding import Lifted, lift
-from marsjax.training.step import LossFn, Share, StepFn, make_step, total
+from marsjax.training.step import LossFn, Share, StepFn, init_variables, make_step, total
 
 PyTree = Any
 
@@ -34,8 +34,7 @@ def init_model(model: nn.Module, tables: ItemTables, *, seed: int, dense: int = 
     batch = CtrBatch(
         number_B, number_B, weight_B, weight_B, history_BL, history_BL > 0, history_BL.astype(np.int8), dense_BJ
     )
-    # One program: op by op, a GPU compiles for a minute.
-    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(seed), batch, tables)
+    variables = init_variables(model, (("train", False),), jax.random.key(seed), batch, tables)
     return {"params": variables["params"], "statistics": variables.get("statistics", {})}
 
 

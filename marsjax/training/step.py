@@ -7,9 +7,11 @@ and one device is the case in which the share is the whole.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -44,6 +46,15 @@ StepFn = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.
 def total(value: PyTree, axis_name: str | None) -> PyTree:
     """Sum over the devices; the value itself where there is no axis."""
     return value if axis_name is None else lax.psum(value, axis_name)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init_variables(module: nn.Module, options: tuple[tuple[str, Any], ...], key: jax.Array, *inputs: PyTree) -> PyTree:
+    """The variables of a module as they are drawn; `options` are those of its call.
+
+    One program, which takes seconds to compile and is kept for equal modules: op by op, a GPU compiles for a minute.
+    """
+    return module.init(key, *inputs, **dict(options))
 
 
 def init_state(params: PyTree, statistics: PyTree, optimizer: optax.GradientTransformation, *, seed: int) -> TrainState:
