@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures.process
+import graphlib
 import logging
 import multiprocessing
 import os
@@ -36,11 +37,16 @@ def run(jobs: Mapping[Name, Job], shared: Any, *, processes: int, logs: pathlib.
     Returns what failed, and what waited for it, with the error.
 
     Raises:
-        ValueError: a job waits for one that there is not.
+        ValueError: a job waits for one that there is not, or jobs wait for each other.
         OSError: a process was killed.
     """
     if unknown := {needed for job in jobs.values() for needed in job.after} - jobs.keys():
         raise ValueError(f"jobs: expected jobs that wait for other jobs, found waiting for {sorted(map(str, unknown))}")
+    try:
+        graphlib.TopologicalSorter({name: job.after for name, job in jobs.items()}).prepare()
+    except graphlib.CycleError as found:
+        circle = " for ".join(" ".join(map(str, name)) for name in found.args[1])
+        raise ValueError(f"jobs: expected jobs that can be put in an order, found {circle}, in a circle") from None
     logs.mkdir(parents=True, exist_ok=True)
     # Each would take three quarters of a GPU's memory for itself. Read where a process first asks for a device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -18,7 +18,7 @@ from marsjax.defaults import default_config
 
 
 class Command(NamedTuple):
-    """What a command, the function of that name in `pipeline`, says of itself, and its own flags."""
+    """What a command, the function of that name in `commands`, says of itself, and its own flags."""
 
     summary: str
     details: str
@@ -111,12 +111,12 @@ def main(argv: list[str] | None = None) -> int:
     if command.needs_config and not command.serves:
         keep_compiled(arguments.workdir)
     try:
-        pipeline = importlib.import_module("marsjax.pipeline")  # here, so that --help answers at once
+        commands = importlib.import_module("marsjax.commands")  # here, so that --help answers at once
         positional = (config,) if command.serves else (config, arguments.workdir) if command.needs_config else ()
         flags = {flag: getattr(arguments, flag) for flag in command.flags}
         if arguments.command in ("run", "reproduce"):
             flags["command"] = shlex.join(["marsjax", *(sys.argv[1:] if argv is None else argv)])
-        return getattr(pipeline, arguments.command)(*positional, **flags) or 0
+        return getattr(commands, arguments.command)(*positional, **flags) or 0
     except KeyboardInterrupt:
         sys.stderr.write("marsjax: stopped; run the same command again to continue\n")
         return 130

@@ -1,4 +1,4 @@
-"""The composition root: the stages of Figure 2 put together, in the order of the data flow."""
+"""The stages of Figure 2, in the order of the data flow: from events to a trained CTR model and its scores."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ import functools
 import logging
 import math
 import pathlib
-import platform
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -19,30 +14,28 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from marsjax import alignment, embeddings, files, jobs, retrieval, study
+from marsjax import alignment, embeddings, files, retrieval
 from marsjax.augmentation import baselines, mars, posterior, table, votes
 from marsjax.augmentation.donors import find_donors
-from marsjax.augmentation.methods import METHODS, Offer, Treatment, opinions
+from marsjax.augmentation.methods import METHODS, Offer, Treatment
 from marsjax.augmentation.operators import Mode
 from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import check_choices, fingerprint, override, to_json
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
 from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
-from marsjax.data import batches, inspection
+from marsjax.data import batches
 from marsjax.data.permutation import permute_features, permute_labels
-from marsjax.data.priors import item_counts, prior_numbers
+from marsjax.data.priors import prior_numbers
 from marsjax.data.sampling import sample_users
 from marsjax.data.splits import make_rows
-from marsjax.evaluation import features_page, metrics, page, report, study_page
-from marsjax.evaluation.plots import Plot
+from marsjax.evaluation import metrics
 from marsjax.features import encoding
 from marsjax.features.encoders import IMAGE_ENCODERS, TEXT_ENCODERS
 from marsjax.features.images import need_pillow
 from marsjax.features.signature import Make, Options
 from marsjax.features.text import render
 from marsjax.progress import progress
-from marsjax.provenance import current_commit, machine_description
 from marsjax.records import (
     LOW,
     TEST,
@@ -60,12 +53,7 @@ from marsjax.records import (
     Queries,
     Rows,
 )
-from marsjax.serving import bundle as serving
-from marsjax.serving import continuation, knowledge, lending, scoring, versions
-from marsjax.serving import runner as offline
-from marsjax.serving import storage as storing
-from marsjax.serving.requests import read_requests, write_scores
-from marsjax.sources import CONTENTS, SOURCES, item_images
+from marsjax.sources import CONTENTS, SOURCES
 from marsjax.stages import Stages
 from marsjax.training import checkpoint, loop
 from marsjax.training.optimizer import AdamW, adamw
@@ -74,9 +62,6 @@ from marsjax.training.step import init_state, init_variables
 log = logging.getLogger(__name__)
 
 PyTree = Any
-
-
-INPUT_KEYS = ("ctr.inputs", "ctr.components", "ctr.rate_folds")  # of the section ctr, what a model reads
 
 
 class Loaded(NamedTuple):
@@ -125,326 +110,6 @@ class Trained(NamedTuple):
     valid: Predictions
     load: Callable[[], PyTree]  # {"params", "statistics"} of the model; most who ask for scores do without
     name: str  # of its stage
-
-
-class Shelf:
-    """The data of a study, and the last of them that were made ready for learning: the jobs of a cell follow one
-    another."""
-
-    def __init__(self, dataset: Dataset, *, users: int):
-        self.dataset = dataset
-        self._users = users  # data.sample_users, as the data are
-        self._last: tuple[str, Loaded] | None = None
-
-    def ready(self, config: ConfigDict) -> Loaded:
-        """The data as a cell asks for them. Raises ValueError where it asks for what they do not have."""
-        asked = of_learning(config) | {"evaluation": None, "seeds": None}
-        key = fingerprint(asked)
-        if self._last is None or self._last[0] != key:
-            dataset = self.dataset
-            if config.data.permute_labels:
-                dataset = permute_labels(dataset, seed=config.split.seed)
-            if config.data.sample_users != self._users:
-                dataset = sample_users(dataset, config.data.sample_users, seed=config.split.seed)
-            self._last = key, load(config, dataset)
-        return self._last[1]
-
-
-class PlannedCell(NamedTuple):
-    """A cell of a study, with all that it takes to run it."""
-
-    cell: study.Cell
-    config: ConfigDict
-    workdir: pathlib.Path
-    command: str
-    fingerprint: str  # of what goes in
-
-    @property
-    def path(self) -> pathlib.Path:
-        """Where its results are written."""
-        return self.workdir / "cells" / f"{self.cell.name}.json"
-
-    def known(self) -> dict[str, Any] | None:
-        """Its results, where they are there and of these data and this configuration."""
-        found = files.read_json(self.path) if self.path.exists() else {}
-        return found if found.get("fingerprint") == self.fingerprint else None
-
-
-# --- commands -------------------------------------------------------------------------------------------------------
-
-
-def features(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | None = None) -> None:
-    """Encodes item texts and images."""
-    check(config)
-    if not (config.features.text or config.features.image):
-        raise ValueError(
-            f"features: expected features.text (one of {', '.join(TEXT_ENCODERS)}) or features.image (one of "
-            f"{', '.join(IMAGE_ENCODERS)}), found neither"
-        )
-    made = encode_stage(config, workdir, output=output)
-    for modality, path in made.items():
-        say(f"{modality} features: {path}")
-    say(f"manifest: {(output or workdir / 'features') / encoding.MANIFEST}")
-
-
-def run(config: ConfigDict, workdir: pathlib.Path, *, command: str = "marsjax.pipeline.run(config, workdir)") -> None:
-    """All stages for every seed, then the report, which quotes `command`."""
-    found = run_cell(config, Stages(workdir), load(config, workdir=workdir), command=command)
-    files.write_json(workdir / "results.json", found)
-    files.write_bytes(workdir / "results.md", report.as_markdown(found["rows"], found["comparisons"]).encode())
-    say(report.as_table(found["rows"], found["comparisons"]))
-    say(f"results: {workdir}/results.json, {workdir}/results.md")
-
-
-def reproduce(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    *,
-    quick: bool = False,
-    parts: str = "",
-    methods: str = "",
-    processes: int = 1,
-    command: str = "marsjax.pipeline.reproduce(config, workdir)",
-) -> None:
-    """The paper's section 4 and more: report.html, report.md and a JSON a cell. What is finished is not run again.
-
-    With `processes` above 1 so many train side by side.
-    """
-    check(config)
-    began, names = time.monotonic(), [name for name in parts.split(",") if name]
-    plan = (study.quick if quick else study.full)(_methods(methods))
-    if unknown := set(names) - {part.name for part in plan} - {cell.name for part in plan for cell in part.cells}:
-        raise ValueError(
-            f"--parts: expected some of {', '.join(part.name for part in plan)}, or names of their cells, found "
-            f"{', '.join(sorted(unknown))}"
-        )
-    first = with_changes(config, study.QUICK if quick else {})
-    dataset = read(first, workdir)
-    tell(dataset.problems)
-    shelf, stages, sections = Shelf(dataset, users=first.data.sample_users), Stages(workdir), []
-    planned = {cell.name: plan_cell(config, dataset, cell, workdir, command) for part in plan for cell in part.cells}
-    asked: dict[str, PlannedCell] = {}  # in the order in which they were asked for
-    for name in names or [part.name for part in plan]:
-        for part in plan:
-            for cell in part.cells:
-                if name in (part.name, cell.name) and planned[cell.name].known() is None:
-                    asked[cell.name] = planned[cell.name]
-    if processes > 1 and asked:
-        jobs.run(cell_jobs(list(asked.values())), shelf, processes=processes, logs=workdir / "logs")
-    for part in plan:
-        results: dict[str, Any] = {}
-        refused: dict[str, str] = {}
-        for cell in part.cells:
-            if cell.name in asked and planned[cell.name].known() is None:
-                try:
-                    shelf.ready(planned[cell.name].config)
-                except ValueError as error:  # this cell asks of the data what they do not have
-                    log.warning("%s cannot be run: %s", cell.name, error)
-                    refused[cell.name] = str(error)
-                    continue
-                finish_cell(shelf, planned[cell.name])
-            if (known := planned[cell.name].known()) is not None:
-                results[cell.name] = known
-                stages.commits |= set(known["commit"].split(", "))
-        drawn: tuple[Any, ...] = ()
-        wanted = not names or part.name in names
-        if part.kind == "statistics":
-            drawn = (study_page.statistics_table(inspection.statistics(dataset, split(first, dataset))),)
-        elif part.kind == "features" and wanted and dataset.items.modalities:
-            drawn = evidence(Context(first, load(first, dataset), stages, first.seeds[0]))
-        elif part.kind == "cases" and wanted:
-            drawn = cases(Context(first, load(first, dataset), stages, first.seeds[0]))
-        sections.append(study_page.section(part, results, refused, drawn=drawn))
-    facts = {
-        "command": command,
-        "commit": ", ".join(sorted(stages.commits | {current_commit()})),
-        "machine": machine_description(),
-        "seconds of this run": f"{time.monotonic() - began:.0f}",
-    }
-    page.write_page(page.Page(f"MARS on {dataset.name}", tuple(facts.items()), tuple(sections)), workdir)
-    say(f"report: {workdir}/report.html, {workdir}/report.md; cells: {workdir}/cells")
-
-
-def _methods(text: str) -> frozenset[str]:
-    """The base and those that are named; all where none is."""
-    names = [name for name in text.split(",") if name]
-    if unknown := sorted(set(names) - METHODS.keys()):
-        raise ValueError(f"--methods: expected some of {', '.join(METHODS)}, found {', '.join(unknown)}")
-    return frozenset(["base", *names] if names else METHODS)
-
-
-def inspect(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Prints what the data hold and every problem found."""
-    check(config)
-    dataset = read(config, workdir)
-    say(inspection.describe(dataset, split(config, dataset)))
-
-
-def align(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Trains the aligned space of every seed and writes item and user vectors."""
-    loaded, stages = load(config, workdir=workdir), Stages(workdir)
-    for seed in config.seeds:
-        context = Context(config, loaded, stages, seed)
-        _, folder = embed_stage(context, align_stage(context))
-        say(f"item and user vectors of seed {seed}: {folder}/embeddings.npz")
-
-
-def augment(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | None = None) -> None:
-    """Writes what every low-active user borrows, as Parquet."""
-    output = output or workdir / "borrowed.parquet"
-    table.need_pyarrow()
-    context = Context(config, load(config, workdir=workdir), Stages(workdir), config.seeds[0])
-    donation = borrow(context)
-    candidates = table.read_candidates(donation.folder / "candidates.npz")
-    table.write_parquet(output, candidates, donation.queries, context.loaded.rows, context.loaded.dataset)
-    found, kept = int((candidates.item_QS > 0).sum()), donation.borrowed.start_Q1[-1]
-    say(f"{kept} kept of {found} candidate items, for {len(donation.queries.user_Q)} queries: {output}")
-
-
-def train(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Trains and scores the CTR model with every method, for every seed."""
-    loaded, stages = load(config, workdir=workdir), Stages(workdir)
-    for seed in config.seeds:
-        context = Context(config, loaded, stages, seed)
-        donation = borrow(context)
-        for method in config.evaluation.methods:
-            train_stage(context, donation, method)
-
-
-def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | None = None) -> None:
-    """Writes a bundle of the method `export.method`, trained with the first seed."""
-    output = output or workdir / "bundle"
-    serving.need_new(output)
-    if config.split.sparse_fraction:
-        raise ValueError(
-            f"export: expected split.sparse_fraction=0, found {config.split.sparse_fraction}; a bundle serves whole "
-            "histories, and no model was trained on those of the sparse users"
-        )
-    if METHODS[config.export.method].offline:
-        served = ", ".join(name for name, method in METHODS.items() if not method.offline)
-        raise ValueError(
-            f"export.method: expected one of {served}, found {config.export.method}; a bundle does not hold what it "
-            "needs of a row"
-        )
-    context = Context(config, load(config, workdir=workdir), Stages(workdir), config.seeds[0])
-    space = align_stage(context)
-    vectors, _ = embed_stage(context, space)
-    donation = augment_stage(context, space, vectors)
-    trained = train_stage(context, donation, config.export.method)
-    treatment = treat(context, donation, config.export.method)
-    augmentation = treatment.augmentation
-    dataset, rows = context.loaded.dataset, context.loaded.rows
-    low_U = (rows.group_U == LOW) & (rows.train_length_U > 0)
-    n_items, features = len(dataset.items.raw_id_N), context.loaded.tables.feature_NF
-    serving.write_bundle(
-        output,
-        config=of_learning(config),
-        lends={
-            "method": config.export.method,
-            "time_safe": augmentation is not None and augmentation.time_safe,
-            "drop_target": augmentation is not None and augmentation.drop_target,
-            "live": METHODS[config.export.method].live,
-            "hidden": treatment.hidden_E is not None,
-            "longest": int((rows.histories.train_end_U - rows.histories.start_U1[:-1])[low_U].max(initial=0)),
-        },
-        counts=counts(context.loaded, config.export.method),
-        users=serving.latest_users(dataset.log, rows, augmentation, vectors.user_UD),
-        items=serving.Items(
-            raw_id_N=dataset.items.raw_id_N,
-            title_N=dataset.items.title_N.astype(str),
-            category_NG=dataset.items.category_NG,
-            item_ND=vectors.item_ND,
-            feature_NF=np.zeros((n_items, 0), np.float32) if features is None else features,
-        ),
-        ctr=trained.load(),
-        space=serving.Encoder(space.encoder, space.params, space.tables),
-        lenders=lenders_of(context, space, vectors, donation.donors),
-        known=knowledge.make_knowledge(
-            None
-            if context.loaded.inputs.dense_EJ is None
-            else item_counts(dataset.log, rows, n_items=n_items, folds=config.ctr.rate_folds),
-            treatment.opinions,
-        ),
-    )
-    say(
-        f"bundle of {config.export.method}, seed {context.seed}: {output}; score with `marsjax score --bundle={output}`"
-    )
-
-
-def score(*, bundle: pathlib.Path | None, requests: pathlib.Path | None, output: pathlib.Path | None) -> None:
-    """Scores a file of requests with a bundle."""
-    missing = [f"--{name}" for name, value in (("bundle", bundle), ("requests", requests)) if value is None]
-    if bundle is None or requests is None:
-        raise ValueError(f"score: expected --bundle=DIR and --requests=FILE, found no {' and no '.join(missing)}")
-    asked = read_requests(requests)
-    output = output or requests.with_suffix(".scores.jsonl")
-    write_scores(output, asked, scoring.score(serving.load_bundle(bundle), asked))
-    say(f"{len(asked)} requests scored: {output}")
-
-
-def publish(config: ConfigDict, *, bundle: pathlib.Path | None, root: pathlib.Path | None) -> None:
-    """Makes a bundle the one that is served."""
-    bundle, root = _given("publish", bundle=bundle, root=root)
-    version = versions.publish(root, bundle, keep=config.serving.keep)
-    say(f"{version} is served from {root}")
-
-
-def rollback(config: ConfigDict, *, root: pathlib.Path | None) -> None:
-    """Makes the version before the one that is served."""
-    (root,) = _given("rollback", root=root)
-    say(f"{versions.rollback(root)} is served from {root}")
-
-
-def serve(config: ConfigDict, *, root: pathlib.Path | None) -> None:
-    """Answers requests over HTTP until it is stopped."""
-    (root,) = _given("serve", root=root)
-    try:
-        from marsjax.serving import service
-    except ImportError as error:
-        raise ImportError(f"marsjax serve needs the extra `serve`: pip install marsjax[serve] ({error})") from error
-    cfg = config.serving
-    settings = service.Settings(
-        root=root,
-        host=cfg.host,
-        port=cfg.port,
-        deadline=cfg.deadline_ms / 1000,
-        store_deadline=cfg.store_deadline_ms / 1000,
-        poll=cfg.poll_seconds,
-        most_candidates=cfg.most_candidates,
-        most_bytes=cfg.most_bytes,
-        rate=cfg.rate,
-        image_folder=cfg.image_folder,
-        augment=cfg.augment,
-        live=cfg.live,
-        cache=cfg.cache,
-    )
-    storage = _storage(config, root, timeout=max(settings.store_deadline, 0.001))
-    service.make_server(settings, storage).run()
-
-
-def runner(config: ConfigDict, *, root: pathlib.Path | None) -> None:
-    """Takes events into histories, vectors, donors and the model until it is stopped."""
-    (root,) = _given("runner", root=root)
-    cfg, stop = config.serving, threading.Event()
-    settings = offline.Settings(
-        root=root,
-        batch=cfg.batch,
-        lenders_seconds=cfg.lenders_seconds,
-        rebuild_hour=cfg.rebuild_hour,
-        train_seconds=cfg.train_seconds,
-        training=continuation.Settings(least_events=cfg.train_events, rate=cfg.train_rate, margin=cfg.margin),
-        keep=cfg.keep,
-    )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    storage = _storage(config, root, timeout=5.0)
-    try:
-        offline.run(settings, storage, stop)
-    finally:
-        storage.close()
-
-
-# --- stages ---------------------------------------------------------------------------------------------------------
 
 
 def borrow(context: Context) -> Donation:
@@ -891,195 +556,6 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
     )
 
 
-def judge_stage(config: ConfigDict, stages: Stages, trained: Trained) -> report.Judged:
-    """Every metric of a training, and the resamples that it is compared by, which take longer than to load it."""
-    predictions, n_resamples = trained.predictions, config.evaluation.bootstrap
-    arrays = {name: value for name, value in predictions._asdict().items() if value is not None}
-    key = fingerprint("judged", files.digest_arrays(arrays), n_resamples)
-
-    def build(folder: pathlib.Path) -> None:
-        report.write_judged(folder / "judged.npz", report.judge(predictions, n_resamples=n_resamples))
-
-    return report.read_judged(stages(f"judged-{trained.name}", key, build) / "judged.npz")
-
-
-def run_cell(
-    config: ConfigDict,
-    stages: Stages,
-    loaded: Loaded,
-    *,
-    command: str,
-    settings: Mapping[str, Mapping[str, str]] | None = None,
-) -> dict[str, Any]:
-    """Every method of a configuration for every seed, and what came of it, ready for JSON.
-
-    With `settings` (changes of the section `ctr` that leave the inputs alone) each method has the one that suits it;
-    ValueError where they change anything else.
-    """
-    began, before = time.monotonic(), stages.seconds_before
-    trained: dict[str, list[Trained]] = {method: [] for method in config.evaluation.methods}
-    searched = search(config, stages, loaded, settings) if settings else []
-    suited = suit(searched, config)
-    for seed in config.seeds:
-        context = Context(config, loaded, stages, seed)
-        donation = borrow(context)
-        for method, runs in trained.items():
-            runs.append(train_stage(context._replace(config=suited.get(method, config)), donation, method))
-    valid = {method: [run.valid for run in runs] for method, runs in trained.items()}
-    if config.split.sparse_fraction and "base" in trained:
-        trained["full_history"] = full_history(config, stages, loaded)
-    results = {method: [run.predictions for run in runs] for method, runs in trained.items()}
-    judged = {method: [judge_stage(config, stages, run) for run in runs] for method, runs in trained.items()}
-    if loaded.dataset.oracle_E is not None:
-        oracle = predictions_of(loaded, loaded.dataset.oracle_E)
-        results["best_possible"] = [oracle] * len(config.seeds)
-        judged["best_possible"] = [report.judge(oracle, n_resamples=config.evaluation.bootstrap)] * len(config.seeds)
-    evaluated = report.combine(judged)
-    rows = report.quality_rows(
-        evaluated, dataset=dataset_name(config, loaded), inputs=config.ctr.inputs, split=config.split.kind
-    )
-    seen = report.validation_rows(valid)
-    # The published method, and the variant of it that did best on the low-active users' validation rows.
-    variants = {row["method"]: row["auc_low"]["mean"] or 0.0 for row in seen if row["method"].startswith("mars")}
-    chosen = max(variants, key=lambda method: variants[method], default="mars")
-    others = ("base", "best_possible", "full_history", *(name for name in variants if name not in ("mars", chosen)))
-    return {
-        "command": command,
-        "commit": ", ".join(sorted(stages.commits | {current_commit()})),
-        "machine": machine_description(),
-        # Stages that an earlier run finished took the time that they took there.
-        "wall_seconds": time.monotonic() - began + stages.seconds_before - before,
-        "rows": rows,
-        "comparisons": [
-            row
-            for method in dict.fromkeys(("mars", chosen))
-            for row in report.comparisons(evaluated, method=method, apart_from=others)
-        ],
-        "validation": seen,
-        "search": searched,
-        "by_length": report.length_rows(results, loaded.rows.train_length_U),
-        "config": of_learning(config),
-    }
-
-
-def plan_cell(
-    config: ConfigDict, dataset: Dataset, cell: study.Cell, workdir: pathlib.Path, command: str
-) -> PlannedCell:
-    """A cell with its configuration."""
-    changed = with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
-    tried = {name: dict(changes) for name, changes in cell.settings.items()}
-    key = fingerprint("cell", dataset.fingerprint, of_learning(changed), tried)
-    return PlannedCell(cell._replace(settings=tried, changes=dict(cell.changes)), changed, workdir, command, key)
-
-
-def cell_jobs(cells: Sequence[PlannedCell], *, together: int = 4) -> dict[jobs.Name, jobs.Job]:
-    """What runs cells in parts that can be done side by side, the first cell first.
-
-    Of a cell and seed, what all its methods share comes first, with the base, and then its methods, `together` at a
-    time. Where each method has the setting that suits it, the first seed finds it, for each method in a job of its own,
-    since the other seeds wait for it.
-    """
-    made: dict[jobs.Name, jobs.Job] = {}
-    for planned in cells:
-        config, name = planned.config, planned.cell.name
-        methods = [method for method in config.evaluation.methods if method != "base"]
-        step = 1 if planned.cell.settings else together
-        for seed in config.seeds:
-            shared = (name, seed, "shared")
-            late = planned.cell.settings and seed != config.seeds[0]
-            first = ((name, config.seeds[0], "shared"),) if late else ()
-            made[shared] = jobs.Job(train_some, (planned, seed, ("base",)), first)
-            for i in range(0, len(methods), step):
-                some = tuple(methods[i : i + step])
-                after = (shared, (name, config.seeds[0], some[0])) if late else (shared,)
-                made[name, seed, some[0]] = jobs.Job(train_some, (planned, seed, some), after)
-            if config.split.sparse_fraction:
-                made[name, seed, "full_history"] = jobs.Job(train_ceiling, (planned, seed))
-        of_cell = tuple(job for job in made if job[0] == name)
-        made[name, "report"] = jobs.Job(finish_cell, (planned,), of_cell)
-    return made
-
-
-def train_some(shelf: Shelf, planned: PlannedCell, seed: int, methods: Sequence[str]) -> None:
-    """Some methods of a cell for one seed."""
-    config, stages, loaded = planned.config, Stages(planned.workdir), shelf.ready(planned.config)
-    some = with_changes(config, {"evaluation.methods": ",".join(methods)})
-    suited = suit(search(some, stages, loaded, planned.cell.settings), some) if planned.cell.settings else {}
-    donation = borrow(Context(config, loaded, stages, seed))
-    for method in methods:
-        context = Context(suited.get(method, config), loaded, stages, seed)
-        judge_stage(config, stages, train_stage(context, donation, method))
-
-
-def train_ceiling(shelf: Shelf, planned: PlannedCell, seed: int) -> None:
-    """The model of sparse users' whole histories for one seed."""
-    stages, loaded = Stages(planned.workdir), shelf.ready(planned.config)
-    (best,) = full_history(with_changes(planned.config, {"seeds": str(seed)}), stages, loaded)
-    judge_stage(planned.config, stages, best)
-
-
-def finish_cell(shelf: Shelf, planned: PlannedCell) -> None:
-    """Writes the results of a cell; what is not trained yet is trained."""
-    found = run_cell(
-        planned.config, Stages(planned.workdir), shelf.ready(planned.config), command=planned.command,
-        settings=planned.cell.settings,
-    )  # fmt: skip
-    files.write_json(planned.path, found | {"fingerprint": planned.fingerprint})
-
-
-def suit(searched: Sequence[Mapping[str, Any]], config: ConfigDict) -> dict[str, ConfigDict]:
-    """The configuration of each method with the setting that a search chose for it."""
-    return {row["method"]: with_changes(config, row["changes"]) for row in searched if row["chosen"]}
-
-
-def search(
-    config: ConfigDict, stages: Stages, loaded: Loaded, settings: Mapping[str, Mapping[str, str]]
-) -> list[dict[str, Any]]:
-    """Tries each setting with each method on the first seed: one row for each, with the AUC of validation rows, and
-    which is chosen, the best for low-active users (the first of equals). Test scores are written and not looked at."""
-    for name, changes in settings.items():
-        if wrong := [key for key in changes if not key.startswith("ctr.") or key in INPUT_KEYS]:
-            raise ValueError(
-                f"search: expected settings of the training and the model, found {', '.join(wrong)} in {name!r}; what "
-                "changes the data or the inputs is a cell of its own"
-            )
-    context = Context(config, loaded, stages, config.seeds[0])
-    donation = borrow(context)
-    rows = []
-    for method in config.evaluation.methods:
-        tried = []
-        for name, changes in settings.items():
-            suited = context._replace(config=with_changes(config, changes))
-            (seen,) = report.validation_rows({method: [train_stage(suited, donation, method).valid]})
-            found = {group: seen[group]["mean"] for group in ("auc_low", "auc_all")}
-            tried.append({"method": method, "setting": name, "changes": dict(changes), **found})
-        best = max(tried, key=lambda row: row["auc_low"] or 0.0)
-        rows += [row | {"chosen": row is best} for row in tried]
-    return rows
-
-
-def full_history(config: ConfigDict, stages: Stages, loaded: Loaded) -> list[Trained]:
-    """The ceiling of sparse users: the base model with whole histories, on the same rows."""
-    # How many events sparse users keep changes nothing here: told as by default, it is one stage for all of them.
-    whole = with_changes(config, {"split.sparse_fraction": "0", "split.sparse_events": "5"})
-    full = load(whole, loaded.dataset)
-    group_B = predictions_of(loaded, np.zeros(len(loaded.rows.user_E), np.float32)).group_B
-    out = []
-    for seed in whole.seeds:
-        context = Context(whole, full, stages, seed)
-        trained = train_stage(context, None, "base")
-        out.append(trained._replace(predictions=trained.predictions._replace(group_B=group_B)))
-    return out
-
-
-# --- parts ----------------------------------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    """Results go to standard output; everything else is logged to standard error."""
-    sys.stdout.write(text + "\n")
-
-
 def of_learning(config: ConfigDict) -> dict[str, Any]:
     """The configuration without its section `serving`: no result depends on it, and it may hold a password."""
     return {name: value for name, value in to_json(config).items() if name != "serving"}
@@ -1099,161 +575,9 @@ def dataset_name(config: ConfigDict, loaded: Loaded) -> str:
     return f"{loaded.dataset.name}{sparse}"
 
 
-def evidence(context: Context) -> tuple[page.Table | Plot | page.Case, ...]:
-    """What the item features know: probes of categories, neighbours as pictures, the modality gap, and a map."""
-    config, loaded, _, seed = context
-    items, modalities = loaded.dataset.items, tuple(config.alignment.modalities)
-    spaces = {name: (modality.feature_NF, modality.present_N) for name, modality in items.modalities.items()}
-    drawn: list[page.Table | Plot | page.Case] = []
-    if len(items.category_names) > 1:
-        drawn += features_page.probe_tables(items, seed=seed)
-    if modalities:
-        space = align_stage(context)
-        untrained = align_stage(context._replace(config=with_changes(config, {"alignment.epochs": "0"})))
-        item_N = 1 + np.random.default_rng(seed).permutation(space.encoder.n_items - 1)[: config.alignment.stein_items]
-        before, after = (
-            {
-                name: float(value)
-                for name, value in alignment.diagnostics(
-                    of.encoder, of.params, of.tables, item_N.astype(np.int32)
-                ).items()
-            }
-            for of in (untrained, space)
-        )
-        drawn.append(features_page.gap_table(before, after))
-        vectors, _ = embed_stage(context, space)
-        drawn.append(features_page.map_of(vectors.item_ND, items, seed=seed))
-        everyone_N = np.arange(len(vectors.item_ND)) > 0
-        spaces["all that is aligned"] = vectors.item_ND, everyone_N
-    return (*drawn, *features_page.neighbour_cases(items, spaces, image_files(context), seed=seed))
-
-
-def image_files(context: Context) -> dict[str, pathlib.Path]:
-    """Id -> image of the items, where there are some."""
-    raw_ids = context.loaded.dataset.items.raw_id_N[1:].tolist()
-    return item_images(context.config.data, context.stages.workdir, raw_ids)
-
-
-def cases(context: Context, *, count: int = 4) -> tuple[page.Case, ...]:
-    """Low-active users with what they did, what MARS lends them, what it left out of the donor's history, and what the
-    donors' opinions lead one to expect of them."""
-    config, loaded, _, seed = context
-    dataset, rows = loaded.dataset, loaded.rows
-    donation = borrow(context)
-    candidates = table.read_candidates(donation.folder / "candidates.npz")
-    user_Q = donation.queries.user_Q
-    # Queries are sorted by user and end: the last of a user is the one with the whole training history.
-    whole_Q = len(user_Q) - 1 - np.unique(user_Q[::-1], return_index=True)[1]
-    chosen_Q = np.random.default_rng(seed).permutation(whole_Q)[:count]
-    image_of = image_files(context)
-
-    def card(item: int, note: str) -> page.ItemCard:
-        name = str(dataset.items.raw_id_N[item])
-        return page.ItemCard(str(dataset.items.title_N[item]) or name, note, image_of.get(name))
-
-    settings = posterior_settings(config)
-    try:
-        opinions = posterior.learn_opinions(
-            dataset.log, rows, donation.donors.user_P, donation.item_ND, n_items=len(donation.item_ND),
-            settings=settings,
-        )  # fmt: skip
-        end_X = rows.histories.train_end_U[user_Q[chosen_Q]]
-        expected_QN = posterior.expect_all(rows.histories, opinions, user_Q[chosen_Q], end_X, cap=settings.cap)
-    except ValueError as error:  # too much to count: the rest is shown
-        log.warning("cases: %s", error)
-        expected_QN = np.zeros((len(chosen_Q), len(donation.item_ND)), np.float32)
-    out = []
-    for query, expected_N in zip(chosen_Q, expected_QN, strict=True):
-        user, slot_S = user_Q[query], np.flatnonzero(candidates.item_QS[query] > 0)
-        slot_S = slot_S[np.argsort(-candidates.similarity_QS[query, slot_S], kind="stable")]
-        own = slice(rows.histories.start_U1[user], rows.histories.train_end_U[user])
-        mine = [
-            card(item, "liked" if label > 0 else "not liked")
-            for item, label in zip(rows.histories.item_H[own][-8:], rows.histories.label_H[own][-8:], strict=True)
-        ]
-        kept = [slot for slot in slot_S if candidates.kept_QS[query, slot]]
-        left = [slot for slot in slot_S[::-1] if not candidates.kept_QS[query, slot]]
-        strips = [("own history, the last of it", tuple(mine))]
-        for name, slots in (("lent, most similar first", kept[:8]), ("left out, least similar first", left[:8])):
-            strips.append(
-                (
-                    name,
-                    tuple(
-                        card(
-                            int(candidates.item_QS[query, slot]),
-                            f"similarity {candidates.similarity_QS[query, slot]:+.2f}",
-                        )
-                        for slot in slots
-                    ),
-                )
-            )
-        met = np.unique(rows.histories.item_H[own])
-        ranked = [int(item) for item in np.argsort(-expected_N, kind="stable") if item > 0 and item not in met]
-        for name, sign in (("more", 1), ("less", -1)):
-            foremost = [item for item in ranked[::sign] if sign * expected_N[item] > 0][:8]
-            shown = tuple(card(item, f"expected {expected_N[item]:+.2f}") for item in foremost)
-            strips.append((f"expected to like {name} than others do", shown))
-        donors = np.unique(candidates.donor_QS[query, slot_S])
-        facts = (
-            f"{own.stop - own.start} training events; donor {', '.join(map(str, dataset.log.raw_user_U[donors]))}, "
-            f"similarity {candidates.donor_similarity_QS[query, slot_S].max(initial=-1):.2f}; {len(kept)} items lent "
-            f"of {len(slot_S)}"
-        )
-        out.append(page.Case(f"User {dataset.log.raw_user_U[user]}", facts, tuple(strips)))
-    return tuple(out)
-
-
-def _given(command: str, **paths: pathlib.Path | None) -> tuple[pathlib.Path, ...]:
-    """The flags of a command, all of which must be given."""
-    missing = [f"--{name}" for name, path in paths.items() if path is None]
-    if missing:
-        needed = " and ".join(f"--{name}=DIR" for name in paths)
-        raise ValueError(f"{command}: expected {needed}, found no {' and no '.join(missing)}")
-    return tuple(path for path in paths.values() if path is not None)
-
-
-def _storage(config: ConfigDict, root: pathlib.Path, *, timeout: float) -> storing.Storage:
-    url = config.serving.storage or f"sqlite:{root / 'storage.sqlite'}"
-    # A runner that starts again on its machine goes on with what it had not acknowledged.
-    return storing.open_storage(
-        url,
-        timeout=timeout,
-        ttl=config.serving.ttl_days * 86400,
-        consumer=platform.node() or "runner",
-        append_timeout=5.0,
-    )
-
-
 def centre_of(config: ConfigDict, donor_PD: np.ndarray) -> np.ndarray:
     """What is subtracted from users and items before a cosine: the donors' mean, or nothing (the literal Eq. 15)."""
     return donor_PD.mean(axis=0) if config.retrieval.centre else np.zeros(donor_PD.shape[1], np.float32)
-
-
-def lenders_of(context: Context, space: Space, vectors: Embeddings, donors: Donors) -> lending.Lenders:
-    """The donors as a service needs them, with all that it looks up anew."""
-    config, rows = context.config, context.loaded.rows
-    donor_PD = vectors.user_UD[donors.user_P]
-    centre_D = centre_of(config, donor_PD)
-    vector_PLD = None
-    if config.augmentation.vectors == "contextual":
-        vector_PLD = embeddings.contextual_vectors(space.encoder, space.params, space.tables, donors.item_PL)
-    width = donors.item_PL.shape[1]
-    lent = Borrowed(
-        start_Q1=np.arange(len(donors.user_P) + 1) * width,
-        item_S=donors.item_PL.ravel(),
-        time_S=donors.time_PL.ravel(),
-        donor_S=np.repeat(donors.user_P, width),
-        similarity_S=np.zeros(donors.item_PL.size, np.float32),
-    )
-    mark_S = opinions(context.loaded.dataset.log, rows, lent, n_items=len(vectors.item_ND))
-    return lending.Lenders(
-        donors=donors,
-        mark_PL=mark_S.reshape(donors.item_PL.shape),
-        centre_D=centre_D,
-        vector_PLD=vector_PLD,
-        item_ND=vectors.item_ND,
-        user_index=retrieval.build_index(donor_PD - centre_D, donors.user_P),
-    )
 
 
 def predictions_of(

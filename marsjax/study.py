@@ -1,7 +1,7 @@
 """What `marsjax reproduce` runs: section 4 of the paper on one backbone, and what the paper does not show.
 
 A study is made of parts, a part of cells. A cell is one configuration and the methods that are trained on it, for every
-seed; what cells share (data, alignment, the base) is done once. This file is data: `pipeline.reproduce` runs it, and
+seed; what cells share (data, alignment, the base) is done once. This file is data: `commands.reproduce` runs it, and
 `evaluation.study_page` draws it.
 """
 

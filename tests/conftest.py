@@ -44,13 +44,13 @@ def small_disk(tmp_path):
 @pytest.fixture(scope="session")
 def bundle_folder(tmp_path_factory):
     """A bundle of `mars` on small planted data. Tests must not change it."""
-    from marsjax import pipeline
+    from marsjax import commands
     from tests.pipeline_test import small_config
 
     folder = tmp_path_factory.mktemp("served")
     # An encoder as it was drawn and one length of histories: what is tested is the serving, and this is quick.
     config = small_config(**{"alignment.epochs": "0", "ctr.buckets": "20"})
-    pipeline.export(config, folder / "work", output=folder / "bundle")
+    commands.export(config, folder / "work", output=folder / "bundle")
     return folder / "bundle"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from marsjax import main, pipeline
+from marsjax import commands, main, pipeline
 from marsjax.configuration import load_config
 from marsjax.data.permutation import permute_features
 from marsjax.data.synthetic import latent_items, make_synthetic
@@ -139,7 +139,7 @@ def test_vectors_of_the_user_are_an_encoder(shop):
 
 
 def test_the_manifest_tells_which_model_was_asked_for(shop):
-    pipeline.features(configured(features__image_model="somebody/model"), shop / "run")
+    commands.features(configured(features__image_model="somebody/model"), shop / "run")
     told = json.loads((shop / "run" / "features" / "manifest.json").read_text())
     assert told["image"]["loaded_from"] == "somebody/model"
     assert "loaded_from" not in told["text"]
@@ -203,7 +203,7 @@ def test_the_report_shows_images_named_by_a_column(shop):
         data__columns__image="photo", alignment__epochs="0", alignment__history="8", alignment__stein_items="16",
         alignment__width="16", alignment__id_width="8", features__text_width="8", training__sharding="single",
     )  # fmt: skip
-    pipeline.reproduce(config, shop / "run", parts="features,cases")
+    commands.reproduce(config, shop / "run", parts="features,cases")
     html = (shop / "run" / "report.html").read_text()
     features, _, cases = html.rpartition("What MARS does for single users")
     for part in (features, cases):
@@ -228,7 +228,7 @@ def test_the_report_shows_images_named_by_a_column(shop):
 )
 def test_what_cannot_work_is_refused_by_name(shop, changes, message):
     with pytest.raises(ValueError, match=message):
-        pipeline.features(configured(**changes), shop / "run")
+        commands.features(configured(**changes), shop / "run")
 
 
 def test_encoding_needs_a_folder(shop):
@@ -265,7 +265,7 @@ def test_nothing_beside_the_output_is_touched(tmp_path):
     (tmp_path / "drawings").mkdir()
     (tmp_path / "drawings" / "mine.txt").touch()
     config = load_config("configs/synthetic.py:drawn", {"data.synthetic.n_items": "60", "data.synthetic.n_users": "30"})
-    pipeline.features(config, tmp_path / "run", output=tmp_path / "features")
+    commands.features(config, tmp_path / "run", output=tmp_path / "features")
     assert [path.name for path in (tmp_path / "drawings").iterdir()] == ["mine.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drawings", "features", "run"]
 

@@ -68,6 +68,14 @@ def test_each_job_is_done_once_after_what_it_waits_for_and_beside_the_others(tmp
     assert len(list((tmp_path / "logs").iterdir())) == 2
 
 
+def test_jobs_that_wait_for_each_other_are_refused(tmp_path):
+    work = {("a", 1): Job(note, ("a",), (("b",),)), ("b",): Job(note, ("b",), (("a", 1),))}
+    with pytest.raises(
+        ValueError, match=r"can be put in an order, found (a 1 for b for a 1|b for a 1 for b), in a circle"
+    ):
+        jobs.run(work, tmp_path, processes=1, logs=tmp_path / "logs")
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processors are shared out on Linux alone")
 def test_a_process_has_as_many_threads_as_processors(tmp_path, monkeypatch):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -42,8 +42,8 @@ def config_file(tmp_path):
 
 
 @pytest.fixture
-def pipeline(monkeypatch):
-    """Stands in for marsjax.pipeline; `calls` holds what its functions were given, `outcome` is what they do."""
+def commands(monkeypatch):
+    """Stands in for marsjax.commands; `calls` holds what its functions were given, `outcome` is what they do."""
     calls, outcome = [], [None]
 
     def command(*positional, **flags):
@@ -52,10 +52,10 @@ def pipeline(monkeypatch):
             raise outcome[0]
         return outcome[0]
 
-    fake = types.ModuleType("marsjax.pipeline")
+    fake = types.ModuleType("marsjax.commands")
     for name in main.COMMANDS:
         setattr(fake, name, command)
-    monkeypatch.setitem(sys.modules, "marsjax.pipeline", fake)
+    monkeypatch.setitem(sys.modules, "marsjax.commands", fake)
     monkeypatch.setattr(main, "keep_freed_memory", lambda: None)  # of this process, which is the tests'
     monkeypatch.delenv("MARSJAX_DEBUG", raising=False)
     levels = {name: logging.getLogger(name).level for name in ("absl", "jax")}
@@ -94,21 +94,21 @@ def test_help_of_a_command_has_usage_flags_and_an_example(name, capsys):
         assert flag in out
 
 
-def test_serving_needs_no_file_and_takes_one(tmp_path, pipeline):
+def test_serving_needs_no_file_and_takes_one(tmp_path, commands):
     file = tmp_path / "config.py"
     file.write_text("from marsjax.defaults import default_config\n\n\ndef get_config():\n    return default_config()\n")
     assert call("publish", "--bundle=b", f"--root={tmp_path}", "--config.serving.keep=2") == 0
     assert call("serve", f"--root={tmp_path}", f"--config={file}", "--config.serving.port=9") == 0
-    ((config,), flags), ((of_file,), _) = pipeline.calls
+    ((config,), flags), ((of_file,), _) = commands.calls
     assert (config.serving.keep, flags["root"], str(flags["bundle"])) == (2, tmp_path, "b")
     assert (of_file.serving.port, of_file.serving.keep) == (9, 5)
     assert call("serve", "--config.serving.ports=1") == 2
 
 
 def test_every_command_is_a_function_of_the_pipeline():
-    from marsjax import pipeline
+    from marsjax import commands
 
-    assert all(callable(getattr(pipeline, name)) for name in main.COMMANDS)
+    assert all(callable(getattr(commands, name)) for name in main.COMMANDS)
 
 
 def test_help_with_a_config_lists_keys_values_and_explanations(config_file, capsys):
@@ -130,7 +130,7 @@ def test_help_and_refusals_load_no_jax(config_file):
         "import sys; from marsjax.main import main; "
         f"assert main(['run', '--config={config_file}', '--help']) == 0; "
         f"assert main(['run', '--config={config_file}', '--config.ctr.x=1']) == 2; "
-        "sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'marsjax.pipeline')))"
+        "sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'marsjax.commands')))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
 
@@ -161,12 +161,12 @@ def test_help_and_refusals_load_no_jax(config_file):
         (["--config.ctr=1"], "config.ctr is a section; set one of ctr.batch_size, ctr.learning_rate, ctr.rates"),
     ],
 )  # fmt: skip
-def test_wrong_overrides_are_refused_by_name(words, message, config_file, pipeline, capsys):
+def test_wrong_overrides_are_refused_by_name(words, message, config_file, commands, capsys):
     assert call("run", f"--config={config_file}", *words) == 2
     out, err = capsys.readouterr()
     assert err.startswith(f"marsjax: error: {message}")
     assert "Traceback" not in err
-    assert (out, pipeline.calls) == ("", [])
+    assert (out, commands.calls) == ("", [])
 
 
 @pytest.mark.parametrize(
@@ -190,10 +190,10 @@ def test_wrong_overrides_are_refused_by_name(words, message, config_file, pipeli
     ],
 )
 @pytest.mark.parametrize("separator", ["=", " "])
-def test_overrides_take_the_type_of_the_field(key, text, value, separator, config_file, pipeline):
+def test_overrides_take_the_type_of_the_field(key, text, value, separator, config_file, commands):
     words = [f"--config.{key}={text}"] if separator == "=" else [f"--config.{key}", text]
     assert call("run", f"--config={config_file}", *words) == 0
-    (config, _), _ = pipeline.calls[0]
+    (config, _), _ = commands.calls[0]
     found = config
     for name in key.split("."):
         found = found[name]
@@ -217,9 +217,9 @@ def test_the_last_override_counts(config_file):
     assert rest == ["run", "--config=f", "--strict"]
 
 
-def test_the_config_a_command_gets_is_locked(config_file, pipeline):
+def test_the_config_a_command_gets_is_locked(config_file, commands):
     assert call("run", f"--config={config_file}") == 0
-    (config, _), _ = pipeline.calls[0]
+    (config, _), _ = commands.calls[0]
     with pytest.raises(AttributeError):
         config.ctr.batchsize = 3
 
@@ -237,7 +237,7 @@ def test_the_config_a_command_gets_is_locked(config_file, pipeline):
         (CONFIG.replace("return config", "config.ctr.batch_size = 'many'"), "", "TypeError: "),
     ],
 )
-def test_config_files_that_fail_are_named_without_a_traceback(text, variant, message, tmp_path, pipeline, capsys):
+def test_config_files_that_fail_are_named_without_a_traceback(text, variant, message, tmp_path, commands, capsys):
     path = tmp_path / "mine.py"
     path.write_text(text)
     assert call("run", f"--config={path}{variant}") == 2
@@ -289,16 +289,16 @@ def test_fingerprints_follow_the_values_and_not_the_order():
         (["score", "--config=x.py"], "unrecognized arguments: --config=x.py"),
     ],
 )
-def test_wrong_flags_end_with_2(words, message, pipeline, capsys):
+def test_wrong_flags_end_with_2(words, message, commands, capsys):
     assert call(*words) == 2
     assert message in capsys.readouterr().err
-    assert pipeline.calls == []
+    assert commands.calls == []
 
 
-def test_flags_reach_the_pipeline(config_file, tmp_path, pipeline):
+def test_flags_reach_the_pipeline(config_file, tmp_path, commands):
     assert call("export", f"--config={config_file}:small", f"--workdir={tmp_path}", "--strict", "--output=o") == 0
     assert call("score", "--bundle=b", "--requests", "r.jsonl") == 0
-    ((config, workdir), flags), (positional, score_flags) = pipeline.calls
+    ((config, workdir), flags), (positional, score_flags) = commands.calls
     assert (config.ctr.batch_size, config.data.strict, workdir) == (8, True, tmp_path)
     assert {name: str(value) for name, value in flags.items()} == {"output": "o"}
     assert positional == ()
@@ -319,17 +319,17 @@ def test_flags_reach_the_pipeline(config_file, tmp_path, pipeline):
         (KeyboardInterrupt(), 130, "marsjax: stopped; run the same command again to continue\n"),
     ],
 )
-def test_exit_codes(outcome, code, message, config_file, pipeline, capsys):
-    pipeline.outcome[0] = outcome
+def test_exit_codes(outcome, code, message, config_file, commands, capsys):
+    commands.outcome[0] = outcome
     assert call("run", f"--config={config_file}") == code
     assert capsys.readouterr().err == message
 
 
-def test_errors_of_the_program_keep_their_traceback(config_file, pipeline, monkeypatch):
-    pipeline.outcome[0] = KeyError("a bug")
+def test_errors_of_the_program_keep_their_traceback(config_file, commands, monkeypatch):
+    commands.outcome[0] = KeyError("a bug")
     with pytest.raises(KeyError):
         main.main(["run", f"--config={config_file}"])
-    pipeline.outcome[0] = ValueError("shown in full on request")
+    commands.outcome[0] = ValueError("shown in full on request")
     monkeypatch.setenv("MARSJAX_DEBUG", "1")
     with pytest.raises(ValueError, match="in full"):
         main.main(["run", f"--config={config_file}"])

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 from ml_collections import ConfigDict
 
-from marsjax import alignment, files, pipeline, retrieval
+from marsjax import alignment, commands, files, pipeline, retrieval
 from marsjax import stages as stages_module
 from marsjax.augmentation.baselines import BASELINES
 from marsjax.augmentation.methods import METHODS
@@ -64,7 +64,7 @@ def small_config(preset="mars", **changes):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    pipeline.run(small_config(), folder)
+    commands.run(small_config(), folder)
     return folder
 
 
@@ -87,10 +87,10 @@ def test_results_are_written_with_all_methods_and_groups(workdir):
 def test_finished_stages_are_skipped_and_others_are_not(workdir, caplog):
     before = stages(workdir)
     with caplog.at_level(logging.INFO):
-        pipeline.run(small_config(), workdir)
+        commands.run(small_config(), workdir)
     assert stages(workdir) == before
     assert caplog.text.count("already done, skipped") >= 6
-    pipeline.run(small_config(**{"augmentation.theta_quantile": "0.25", "evaluation.methods": "base,mars"}), workdir)
+    commands.run(small_config(**{"augmentation.theta_quantile": "0.25", "evaluation.methods": "base,mars"}), workdir)
     new = set(stages(workdir)) - set(before)
     assert {name.split("-")[0] for name in new} == {"augmentation", "mars", "judged"}
 
@@ -100,7 +100,7 @@ def test_a_stage_whose_file_changed_is_built_again(workdir, caplog):
     score = np.load(folder / "scores.npz")["test"]
     (folder / "scores.npz").write_bytes((folder / "scores.npz").read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
-        pipeline.run(small_config(), workdir)
+        commands.run(small_config(), workdir)
     assert "scores.npz does not match its sum" in caplog.text
     np.testing.assert_array_equal(np.load(folder / "scores.npz")["test"], score)
 
@@ -108,7 +108,7 @@ def test_a_stage_whose_file_changed_is_built_again(workdir, caplog):
 def test_donors_are_high_active_borrowers_low_active_and_never_the_same(workdir, tmp_path):
     config = small_config()
     loaded = pipeline.load(config)
-    pipeline.augment(config, workdir, output=tmp_path / "borrowed.parquet")
+    commands.augment(config, workdir, output=tmp_path / "borrowed.parquet")
     columns = pyarrow.parquet.read_table(tmp_path / "borrowed.parquet").to_pydict()
     assert list(columns) == [
         "user", "history_length", "donor", "similarity", "item", "donor_time", "item_similarity", "kept", "position",
@@ -133,7 +133,7 @@ def test_donors_histories_hold_training_items_only(workdir):
 
 @pytest.fixture(scope="module")
 def exported(workdir):
-    pipeline.export(small_config(), workdir, output=workdir / "bundle")
+    commands.export(small_config(), workdir, output=workdir / "bundle")
     return workdir / "bundle"
 
 
@@ -214,7 +214,7 @@ def test_bundled_index_finds_the_donors_that_lent(workdir, exported):
 def test_full_disk_leaves_no_bundle(workdir, small_disk, free):
     (small_disk / "other").write_bytes(bytes(3 * 2**20 - free))
     with pytest.raises(OSError, match="no space left while writing .*bundle; nothing was left half-written"):
-        pipeline.export(small_config(), workdir, output=small_disk / "bundle")
+        commands.export(small_config(), workdir, output=small_disk / "bundle")
     assert [path.name for path in small_disk.iterdir()] == ["other"]
 
 
@@ -222,7 +222,7 @@ def test_continued_run_reports_the_time_and_the_commits_of_its_parts(workdir):
     (seal,) = (workdir / "stages").glob("base-seed0-*/done.json")
     done = json.loads(seal.read_text())
     seal.write_text(json.dumps(done | {"commit": "an earlier one", "seconds": 1000.0}))
-    pipeline.run(small_config(), workdir)  # all stages are there
+    commands.run(small_config(), workdir)  # all stages are there
     written = json.loads((workdir / "results.json").read_text())
     seal.write_text(json.dumps(done))
     assert 1000 < written["wall_seconds"] < 2000
@@ -307,12 +307,12 @@ def test_checkpoints_are_kept_until_the_stage_is_sealed(tmp_path, monkeypatch):
     write = files.write_json
     monkeypatch.setattr(files, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.align(small_config(), tmp_path)
+        commands.align(small_config(), tmp_path)
     monkeypatch.undo()
     (folder,) = (tmp_path / "stages").glob("alignment-*")
     assert list((folder / "checkpoints").iterdir())
     before = (folder / "metrics.jsonl").read_text()
-    pipeline.align(small_config(), tmp_path)
+    commands.align(small_config(), tmp_path)
     assert (folder / "metrics.jsonl").read_text() == before  # nothing was trained again
     assert not (folder / "checkpoints").exists()
 
@@ -512,12 +512,12 @@ import sys
 import threading
 from marsjax.configuration import override
 from marsjax.defaults import default_config
-from marsjax import pipeline
+from marsjax import commands
 import pathlib
 config = default_config()
 for flag in sys.argv[2:]:
     override(config, *flag.split("=", 1))
-pipeline.run(config, pathlib.Path(sys.argv[1]))
+commands.run(config, pathlib.Path(sys.argv[1]))
 """
 
 
@@ -555,7 +555,7 @@ def test_run_that_is_killed_in_every_stage_ends_the_same(tmp_path):
 
 @pytest.mark.parametrize("method", ["mars_time_safe", "mars_without_target"])
 def test_bundle_blanks_what_its_method_blanks(workdir, tmp_path, method):
-    pipeline.export(small_config(**{"export.method": method}), workdir, output=tmp_path / "bundle")
+    commands.export(small_config(**{"export.method": method}), workdir, output=tmp_path / "bundle")
     bundle = serving.load_bundle(tmp_path / "bundle")
     users = bundle.users
     user = int(np.argmax(np.diff(users.borrowed_U1)))
@@ -581,7 +581,7 @@ def test_bundle_blanks_what_its_method_blanks(workdir, tmp_path, method):
 def test_bundle_of_a_model_with_a_mask_scores_as_the_run(workdir, tmp_path):
     """Its tables have a row more than the catalogue. Nothing is borrowed, so requests need no more than users."""
     config = small_config(**{"export.method": "cmr"})
-    pipeline.export(config, workdir, output=tmp_path / "bundle")
+    commands.export(config, workdir, output=tmp_path / "bundle")
     bundle = serving.load_bundle(tmp_path / "bundle")
     assert bundle.manifest["counts"]["n_items"] == len(bundle.items.raw_id_N) + 1
     loaded = pipeline.load(config)
@@ -599,7 +599,7 @@ def test_bundle_of_a_model_with_a_mask_scores_as_the_run(workdir, tmp_path):
 
 def test_sparse_users_are_not_exported(workdir, tmp_path):
     with pytest.raises(ValueError, match="expected split.sparse_fraction=0, found 0.3"):
-        pipeline.export(small_config(**{"split.sparse_fraction": "0.3"}), workdir, output=tmp_path / "bundle")
+        commands.export(small_config(**{"split.sparse_fraction": "0.3"}), workdir, output=tmp_path / "bundle")
 
 
 def test_unknown_history_items_are_counted(exported, caplog):
@@ -611,7 +611,7 @@ def test_unknown_history_items_are_counted(exported, caplog):
 
 def test_bundles_never_change(exported, workdir):
     with pytest.raises(ValueError, match="does not exist yet"):
-        pipeline.export(small_config(), workdir, output=exported)
+        commands.export(small_config(), workdir, output=exported)
     assert serving.load_bundle(exported).manifest["format"] == 3
 
 
@@ -636,7 +636,7 @@ def test_values_that_mean_nothing_are_refused_by_name(key, value, tmp_path):
     with pytest.raises(
         ValueError, match=f"{key.rsplit('.')[-1]}.*(expects|expected).*(got|found).*{value.split(',')[-1]}"
     ):
-        pipeline.run(small_config(**{key: value}), tmp_path)
+        commands.run(small_config(**{key: value}), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -664,13 +664,13 @@ def test_values_that_mean_nothing_are_refused_by_name(key, value, tmp_path):
 )
 def test_what_cannot_work_is_refused_before_anything_is_built(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        pipeline.run(small_config(**changes), tmp_path)
+        commands.run(small_config(**changes), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_theta_can_be_a_value_from_the_command_line(workdir, tmp_path):
     changes = {"augmentation.theta": "0.2", "augmentation.theta_quantile": "none"}
-    pipeline.augment(small_config(**changes), workdir, output=tmp_path / "borrowed.parquet")
+    commands.augment(small_config(**changes), workdir, output=tmp_path / "borrowed.parquet")
     columns = pyarrow.parquet.read_table(tmp_path / "borrowed.parquet").to_pydict()
     kept, similarity = np.array(columns["kept"]), np.array(columns["item_similarity"])
     assert (similarity[kept] >= 0.2).all()
@@ -694,7 +694,7 @@ def test_theta_can_be_a_value_from_the_command_line(workdir, tmp_path):
     ],
 )
 def test_options_run(changes, tmp_path):
-    pipeline.run(small_config(**({"evaluation.methods": "base,mars"} | changes)), tmp_path)
+    commands.run(small_config(**({"evaluation.methods": "base,mars"} | changes)), tmp_path)
     assert (tmp_path / "results.json").is_file()
 
 
@@ -713,7 +713,7 @@ def test_options_of_the_alignment_reach_encoder_and_loss(tmp_path, monkeypatch):
 
 
 def test_paper_preset_runs(tmp_path):
-    pipeline.run(small_config("paper", **{"evaluation.methods": "base,mars"}), tmp_path)
+    commands.run(small_config("paper", **{"evaluation.methods": "base,mars"}), tmp_path)
     assert (tmp_path / "results.json").is_file()
 
 
@@ -743,10 +743,10 @@ def test_own_tables_run(tmp_path):
         "alignment.modalities": "text",
         "evaluation.methods": "base,mars",
     }
-    pipeline.run(small_config(**changes), tmp_path / "run")
+    commands.run(small_config(**changes), tmp_path / "run")
     assert (tmp_path / "run" / "results.json").is_file()
     with pytest.raises(ValueError, match="column 'label' for label, found uid, sku, clicked, ts"):
-        pipeline.run(small_config(**(changes | {"data.columns.label": "label"})), tmp_path / "run")
+        commands.run(small_config(**(changes | {"data.columns.label": "label"})), tmp_path / "run")
 
 
 def test_a_split_that_nothing_can_be_judged_on_is_refused(tmp_path):
@@ -754,8 +754,8 @@ def test_a_split_that_nothing_can_be_judged_on_is_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "events.parquet")
     changes = {"data.source": "tabular", "data.events_file": str(tmp_path / "events.parquet")}
     with pytest.raises(ValueError, match="expected validation rows of both labels, found 0 rows"):
-        pipeline.run(small_config(**changes), tmp_path)
-    pipeline.inspect(small_config(**changes), tmp_path)
+        commands.run(small_config(**changes), tmp_path)
+    commands.inspect(small_config(**changes), tmp_path)
 
 
 def test_no_key_hides_behind_a_method_of_the_configuration():
@@ -773,7 +773,7 @@ def test_bundles_hold_what_strong_models_and_opinions_read(workdir, tmp_path, me
     """The test rows with the histories before them score as in the run. All of them are later than what was trained on,
     as a service's requests are."""
     config = small_config(**{"export.method": method, "ctr.inputs": inputs, "split.kind": "global_time"})
-    pipeline.export(config, workdir, output=tmp_path / "bundle")
+    commands.export(config, workdir, output=tmp_path / "bundle")
     bundle = serving.load_bundle(tmp_path / "bundle")
     context = pipeline.Context(config, pipeline.load(config), Stages(workdir), 0)
     trained = pipeline.train_stage(context, pipeline.borrow(context), method)

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from marsjax import jobs, pipeline, study
+from marsjax import cells as of_study
+from marsjax import commands, jobs, pipeline, study
 from marsjax.augmentation import posterior
 from marsjax.augmentation.methods import METHODS
 from marsjax.configuration import load_config
@@ -71,7 +72,7 @@ def test_changes_leave_the_configuration_alone(config):
 
 def test_unknown_parts_are_refused(config, tmp_path):
     with pytest.raises(ValueError, match="--parts: expected some of headline, .*found table9"):
-        pipeline.reproduce(config, tmp_path, parts="table9")
+        commands.reproduce(config, tmp_path, parts="table9")
 
 
 def test_some_methods_alone_are_compared_with_the_base(config, tmp_path):
@@ -79,10 +80,10 @@ def test_some_methods_alone_are_compared_with_the_base(config, tmp_path):
     compared = [set(cell.methods) for part in study.full(wanted) for cell in part.cells]
     assert set().union(*compared) == wanted
     assert all("base" in methods for methods in compared)
-    assert pipeline._methods("mars,tfidf_donor") == wanted
-    assert pipeline._methods("") == set(METHODS)
+    assert commands._methods("mars,tfidf_donor") == wanted
+    assert commands._methods("") == set(METHODS)
     with pytest.raises(ValueError, match="--methods: expected some of base, .*found mras"):
-        pipeline.reproduce(config, tmp_path, methods="mars,mras")
+        commands.reproduce(config, tmp_path, methods="mars,mras")
 
 
 def test_reproduce_writes_a_report_and_runs_nothing_twice(config, tmp_path, monkeypatch):
@@ -104,7 +105,7 @@ def test_reproduce_writes_a_report_and_runs_nothing_twice(config, tmp_path, monk
     monkeypatch.setattr(study, "full", lambda known: plan)
     config.unlock()
     config.ctr.epochs, config.evaluation.bootstrap, config.alignment.epochs = 1, 20, 0.2
-    pipeline.reproduce(config, tmp_path, parts="table1,few,sparse3,never,cases")  # of a part, or of some cells
+    commands.reproduce(config, tmp_path, parts="table1,few,sparse3,never,cases")  # of a part, or of some cells
     page = (tmp_path / "report.html").read_text()
     text = (tmp_path / "report.md").read_text()
     for title in ("Table 1", "Methods", "Sparse", "Variants", "Cases"):
@@ -124,8 +125,8 @@ def test_reproduce_writes_a_report_and_runs_nothing_twice(config, tmp_path, monk
     def no_training(*_, **__):
         raise AssertionError("a finished cell was run again")
 
-    monkeypatch.setattr(pipeline, "run_cell", no_training)
-    pipeline.reproduce(config, tmp_path, parts="table1,few,sparse")
+    monkeypatch.setattr("marsjax.cells.run_cell", no_training)
+    commands.reproduce(config, tmp_path, parts="table1,few,sparse")
 
 
 def test_side_by_side_is_as_one_after_the_other(config, tmp_path, monkeypatch):
@@ -139,13 +140,13 @@ def test_side_by_side_is_as_one_after_the_other(config, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "full", lambda known: plan)
     config.unlock()
     config.ctr.epochs, config.evaluation.bootstrap, config.alignment.epochs, config.seeds = 1, 20, 0.2, (0, 1)
-    pipeline.reproduce(config, tmp_path / "two", processes=2)
+    commands.reproduce(config, tmp_path / "two", processes=2)
     assert "never: cannot be run on these data" in (tmp_path / "two" / "report.md").read_text()
     with monkeypatch.context() as none_left:
         none_left.setattr(jobs, "run", lambda *_, **__: pytest.fail("a finished cell was run again"))
         none_left.setattr(pipeline, "train_stage", lambda *_: pytest.fail("a finished stage was run again"))
-        pipeline.reproduce(config, tmp_path / "two", parts="suited", processes=2)
-    pipeline.reproduce(config, tmp_path / "one")
+        commands.reproduce(config, tmp_path / "two", parts="suited", processes=2)
+    commands.reproduce(config, tmp_path / "one")
     for name in ("few", "suited"):
         one, two = (json.loads((tmp_path / folder / "cells" / f"{name}.json").read_text()) for folder in ("one", "two"))
         kept = "rows", "comparisons", "search", "validation", "by_length"
@@ -202,7 +203,7 @@ def test_a_search_chooses_on_validation_rows_and_trains_all_seeds_with_that(conf
     monkeypatch.setattr(pipeline, "borrow", lambda context: None)
     settings = {f"{epochs} epochs": {"ctr.epochs": str(epochs)} for epochs in (1, 2, 5)}
     best = {"base": 2, "mars": 5}
-    found = pipeline.run_cell(config, Stages(tmp_path), loaded, command="", settings=settings)
+    found = of_study.run_cell(config, Stages(tmp_path), loaded, command="", settings=settings)
     assert asked == [(m, epochs, 0) for m in best for epochs in (1, 2, 5)] + [
         (method, best[method], seed) for seed in (0, 1) for method in best
     ]
@@ -215,7 +216,7 @@ def test_a_search_chooses_on_validation_rows_and_trains_all_seeds_with_that(conf
         (row,) = [r for r in found["rows"] if (r["method"], r["group"], r["metric"]) == (method, "all", "auc")]
         np.testing.assert_allclose(row["mean"], np.mean([auc(t.label_B, t.score_B) for t in tests]), rtol=1e-12)
     with pytest.raises(ValueError, match="search: expected settings of the training .* found ctr.inputs in 'wrong'"):
-        pipeline.run_cell(config, Stages(tmp_path), loaded, command="", settings={"wrong": {"ctr.inputs": "strong"}})
+        of_study.run_cell(config, Stages(tmp_path), loaded, command="", settings={"wrong": {"ctr.inputs": "strong"}})
     cell = study.Cell("search", "5 events", ("base", "mars"), {}, 5.0, settings)
     part = study.Part("search", "Search", "search", "All.", (cell,), "events")
     table = study_page.section(part, {"search": found}, {}).parts[0]
@@ -276,11 +277,11 @@ def test_a_cell_with_a_modality_that_the_data_lack_is_refused_and_the_rest_runs(
     dataset = make_synthetic(**pipeline.to_json(config.data.synthetic))
     text_only = dataset.items._replace(modalities={"text": dataset.items.modalities["text"]})
     monkeypatch.setitem(pipeline.SOURCES, "synthetic", lambda data, made: dataset._replace(items=text_only))
-    monkeypatch.setattr(pipeline, "run_cell", lambda *_, **__: {"rows": [], "comparisons": [], "commit": "c"})
+    monkeypatch.setattr("marsjax.cells.run_cell", lambda *_, **__: {"rows": [], "comparisons": [], "commit": "c"})
     cells = tuple(study.Cell(name, name, ("base",), {"alignment.modalities": name}) for name in ("text", "image"))
     monkeypatch.setattr(study, "full", lambda known: (study.Part("table3", "Table 3", "statistics", "Parts.", cells),))
     config.alignment.modalities = ("text",)
-    pipeline.reproduce(config, tmp_path)
+    commands.reproduce(config, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "image: cannot be run on these data (alignment.modalities: expected modalities of the data" in text
     assert (tmp_path / "cells" / "text.json").is_file()
@@ -289,7 +290,7 @@ def test_a_cell_with_a_modality_that_the_data_lack_is_refused_and_the_rest_runs(
 def test_without_low_active_users_there_are_no_cases(config, tmp_path):
     config.unlock()
     config.split.low_fraction, config.alignment.epochs = 0.0, 0.0
-    assert pipeline.cases(pipeline.Context(config, pipeline.load(config), Stages(tmp_path), 0)) == ()
+    assert commands.cases(pipeline.Context(config, pipeline.load(config), Stages(tmp_path), 0)) == ()
 
 
 def test_without_epochs_the_encoder_stays_as_it_was_drawn(config, tmp_path):
@@ -330,7 +331,7 @@ def test_the_ceiling_of_sparse_users_is_one_stage_whatever_they_keep(config, tmp
     config.ctr.epochs, config.split.kind, config.split.sparse_fraction = 1, "last_fraction", 0.3
     for count in (3, 6):
         config.split.sparse_events = count
-        pipeline.full_history(config, Stages(tmp_path), pipeline.load(config))
+        of_study.full_history(config, Stages(tmp_path), pipeline.load(config))
     assert len(list((tmp_path / "stages").glob("base-*"))) == 1
 
 
