@@ -213,7 +213,7 @@ def test_a_forbidden_import_is_seen(name, source, reason):
         ("training/checkpoint.py", "import orbax.checkpoint as ocp"),
         ("data/tabular.py", "def f():\n    try:\n        import pyarrow.csv\n    except ImportError:\n        pass"),
         ("serving/service.py", "import uvicorn\nfrom marsjax.serving.measures import Measures"),
-        ("pipeline.py", "def serve():\n    from marsjax.serving import service"),
+        ("commands.py", "def serve():\n    from marsjax.serving import service"),
         ("pipeline.py", "import jax, json\nfrom marsjax.data import batches"),
     ],
 )
