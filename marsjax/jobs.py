@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -134,3 +135,12 @@ def _begin(shared: Any, counter: Any, processes: int, logs: pathlib.Path) -> Non
     sys.stderr = open(logs / f"{number}.log", "a", buffering=1)  # noqa: SIM115, it stays open
     log_to(sys.stderr, force=True)
     keep_freed_memory()  # a setting of the process, which is not handed down
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Whoever asked for the work may be killed, and nobody is left to tell its processes."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

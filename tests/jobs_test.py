@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -52,6 +54,12 @@ def multiply(shared):
     (folder / f"{os.getpid()}.threads").write_text(str(len(os.listdir("/proc/self/task"))))
 
 
+def write_process(folder):
+    (folder / "process").write_text(str(os.getpid()))
+    (folder / "process").rename(folder / "process.written")
+    time.sleep(60)
+
+
 def names(folder):
     return sorted(path.stem for path in folder.glob("*.done"))
 
@@ -83,7 +91,7 @@ def test_a_process_has_as_many_threads_as_processors(tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     shared, many = (tmp_path, np.ones((500, 500))), len(os.sched_getaffinity(0))
     assert jobs.run({("a",): Job(multiply, ())}, shared, processes=many, logs=tmp_path / "logs") == {}
-    assert [path.read_text() for path in tmp_path.glob("*.threads")] == ["1"]
+    assert [path.read_text() for path in tmp_path.glob("*.threads")] == ["2"]  # one waits for its parent's end
 
 
 def test_what_fails_is_told_and_what_waits_for_it_is_left(tmp_path, caplog):
@@ -129,3 +137,44 @@ def test_a_process_has_its_share_and_its_log(tmp_path):
 
 def write_affinity(folder: pathlib.Path) -> None:
     (folder / "affinity").write_text(str(sorted(os.sched_getaffinity(0))))
+
+
+STARTED = """
+import pathlib, sys
+from marsjax import jobs
+from tests.jobs_test import write_process
+if __name__ == "__main__":
+    folder = pathlib.Path(sys.argv[1])
+    jobs.run({("a",): jobs.Job(write_process, ())}, folder, processes=1, logs=folder / "logs")
+"""
+
+
+def test_processes_end_with_the_one_that_is_killed(tmp_path):
+    (tmp_path / "started.py").write_text(STARTED)
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    parent = subprocess.Popen([sys.executable, tmp_path / "started.py", tmp_path], env=environment)
+    written = tmp_path / "process.written"
+    assert eventually(written.exists)
+    child = int(written.read_text())
+    parent.kill()
+    parent.wait()
+    assert eventually(lambda: not running(child))
+
+
+def eventually(holds):
+    """Whether it holds within 20 seconds."""
+    for _ in range(200):
+        if holds():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def running(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # One that ended stays listed until somebody asks for its status.
+    state = pathlib.Path(f"/proc/{process}/stat")
+    return not (state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] == "Z")
