@@ -204,25 +204,26 @@ def expect(
     product that its rows read, and a training row is treated as a test row is. (It is in the training of the aligned
     space that covariances of rare pairs start from, as every user's labels are.)
     """
-    histories, folds = rows.histories, len(opinions.usual_FN)
+    histories = rows.histories
+    folds, n_items = opinions.usual_FN.shape
     length_R = np.minimum(histories.end_E[row_R] - histories.start_E[row_R], settings.cap)
     bound_R = SHORTEST * 2 ** np.ceil(np.log2(np.maximum(length_R, SHORTEST) / SHORTEST)).astype(np.int64)
-    fold_R = rows.user_E[row_R] % folds
+    # Items of fold f are numbered from f * N on, so that rows of all folds are computed together.
+    first_R = (rows.user_E[row_R] % folds * n_items).astype(np.int32)
+    arrays = jax.device_put((opinions.usual_FN.ravel(), opinions.loading_FNK.reshape(folds * n_items, -1)))
     out_R2 = np.zeros((len(row_R), 2), np.float32)
-    for fold in range(folds):
-        arrays = jax.device_put((opinions.usual_FN[fold], opinions.loading_FNK[fold]))
-        for bound in np.unique(bound_R[fold_R == fold]):
-            here_R = np.flatnonzero((fold_R == fold) & (bound_R == bound))
-            for begin in range(0, len(here_R), CHUNK):
-                part_C = here_R[begin : begin + CHUNK]
-                item_CL, label_CL = np.zeros((CHUNK, bound), np.int32), np.zeros((CHUNK, bound), np.float32)
-                target_C = np.zeros(CHUNK, np.int32)
-                target_C[: len(part_C)] = log.item_E[row_R[part_C]]
-                width = min(int(bound), settings.cap)
-                item_CX, mark_CX, _ = own_tails(histories, row_R[part_C], length=width)
-                item_CL[: len(part_C), :width], label_CL[: len(part_C), :width] = item_CX, mark_CX == 2
-                out_R2[part_C] = _expect(item_CL, label_CL, target_C, *arrays)[: len(part_C)]
-                advance(len(part_C))
+    for bound in np.unique(bound_R):
+        here_R, width = np.flatnonzero(bound_R == bound), min(int(bound), settings.cap)
+        for begin in range(0, len(here_R), CHUNK):
+            part_C = here_R[begin : begin + CHUNK]
+            item_CL, label_CL = np.zeros((CHUNK, bound), np.int32), np.zeros((CHUNK, bound), np.float32)
+            target_C = np.zeros(CHUNK, np.int32)
+            target_C[: len(part_C)] = log.item_E[row_R[part_C]] + first_R[part_C]
+            item_CX, mark_CX, _ = own_tails(histories, row_R[part_C], length=width)
+            item_CL[: len(part_C), :width] = np.where(item_CX > 0, item_CX + first_R[part_C, None], 0)
+            label_CL[: len(part_C), :width] = mark_CX == 2
+            out_R2[part_C] = _expect(item_CL, label_CL, target_C, *arrays)[: len(part_C)]
+            advance(len(part_C))
     return out_R2
 
 
