@@ -55,7 +55,8 @@ def repeated(work: Callable[[], Any]) -> Callable[[int], None]:
 def din_sides() -> Sides:
     """A training step at batch 512 and history 50, and one that builds [t, h, t - h, t * h] for each entry."""
     size = din_step.Size(512, 50, "prelu")
-    category_NG, drawn = din_step.draw(size)
+    of_items_NG, drawn = din_step.draw(size)
+    category_NG = jnp.asarray(of_items_NG)
     depth, optimizer = 2 * din_step.EMBEDDING, optax.chain(optax.clip_by_global_norm(10.0), optax.adam(1e-3))
     rng = np.random.default_rng(0)
 
@@ -89,8 +90,6 @@ def din_sides() -> Sides:
         features_BF = jnp.concatenate([target_BD, interest_BD, params["user"][rows.user_B]], axis=-1)
         logit_B = layers(params, "t", features_BF, len(size.tower) + 1)
         return optax.sigmoid_binary_cross_entropy(logit_B, rows.label_B).mean()
-
-    category_NG = jnp.asarray(category_NG)
 
     @jax.jit
     def step(params: Any, state: Any, rows: din_step.Rows) -> Any:

@@ -269,6 +269,24 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
         made = await asyncio.to_thread(explaining.make_page, snapshot, user, known, images)
         return HTMLResponse(page.to_html(made), headers={"Content-Security-Policy": page.POLICY})
 
+    documented = app.openapi
+
+    def document() -> dict[str, Any]:
+        """The OpenAPI document: where no token is set none has to be sent, and every failure is told as JSON."""
+        found = documented()
+        for path, operations in found["paths"].items():
+            token = EVENTS_TOKEN if path == "/v1/events" else ADMIN_TOKEN
+            for operation in operations.values():
+                needs = [need for need in operation.get("security", []) if need]
+                if needs:
+                    operation["security"] = needs if os.environ.get(token) else [{}, *needs]
+                for code, answer in operation["responses"].items():
+                    if code >= "400" and "content" in answer:
+                        (schema,) = answer["content"].values()
+                        answer["content"] = {"application/json": schema}
+        return found
+
+    app.openapi = document  # type: ignore[method-assign]
     return app
 
 
