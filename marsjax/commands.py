@@ -89,7 +89,9 @@ def reproduce(
     first = pipeline.with_changes(config, study.QUICK if quick else {})
     dataset = pipeline.read(first, workdir)
     pipeline.tell(dataset.problems)
-    shelf, stages, sections = cells.Shelf(dataset, users=first.data.sample_users), Stages(workdir), []
+    shelf, stages = cells.Shelf(dataset, users=first.data.sample_users), Stages(workdir)
+    sections: list[page.Section] = []
+    left_out: list[str] = []  # parts that were not asked for, and of which nothing is there
     planned = {
         cell.name: cells.plan_cell(config, dataset, cell, workdir, command) for part in plan for cell in part.cells
     }
@@ -124,7 +126,13 @@ def reproduce(
             drawn = evidence(pipeline.Context(first, pipeline.load(first, dataset), stages, first.seeds[0]))
         elif part.kind == "cases" and wanted:
             drawn = cases(pipeline.Context(first, pipeline.load(first, dataset), stages, first.seeds[0]))
-        sections.append(study_page.section(part, results, refused, drawn=drawn))
+        if drawn or results or refused or wanted:
+            sections.append(study_page.section(part, results, refused, drawn=drawn))
+        else:
+            left_out.append(part.name)
+    if left_out:
+        names_left = ", ".join(f"`{name}`" for name in left_out)
+        sections.append(page.Section("Not run yet", f"{names_left}: name some by `--parts` in the same command.", ()))
     facts = {
         "command": command,
         "commit": ", ".join(sorted(stages.commits | {current_commit()})),
@@ -132,7 +140,8 @@ def reproduce(
         "seconds of this run": f"{time.monotonic() - began:.0f}",
     }
     page.write_page(page.Page(f"MARS on {dataset.name}", tuple(facts.items()), tuple(sections)), workdir)
-    say(f"report: {workdir}/report.html, {workdir}/report.md; cells: {workdir}/cells")
+    written = f"; cells: {workdir}/cells" if (workdir / "cells").is_dir() else ""
+    say(f"report: {workdir}/report.html, {workdir}/report.md{written}")
 
 
 def _methods(text: str) -> frozenset[str]:

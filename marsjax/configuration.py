@@ -157,7 +157,8 @@ def check_choices(
             near = difflib.get_close_matches(wrong[0], [*known], n=1) if wrong else []
             hint = f"; did you mean {near[0]}?" if near else ""
             found = repr(wrong[0]) if wrong else "none"
-            raise ValueError(f"config.{key} expects one of {', '.join(sorted(known))}, got {found}{hint}")
+            expected = ", ".join(name or "'' (none)" for name in sorted(known))
+            raise ValueError(f"config.{key} expects one of {expected}, got {found}{hint}")
     for key in at_least_one:
         if leaves[key] < 1:
             raise ValueError(f"config.{key} expects 1 or more, got {leaves[key]}")

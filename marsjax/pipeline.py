@@ -25,6 +25,7 @@ from marsjax.ctr import objective
 from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
 from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
 from marsjax.data import batches
+from marsjax.data.content import unused_files
 from marsjax.data.permutation import permute_features, permute_labels
 from marsjax.data.priors import prior_numbers
 from marsjax.data.sampling import sample_users
@@ -283,6 +284,7 @@ def encode_stage(
         else:
             need_pillow()
             values = content.image_I
+            tell(unused_files(content.image_I))
         file = getattr(cfg, f"{modality}_file")
         options = Options(
             model=getattr(cfg, f"{modality}_model"),

@@ -129,8 +129,9 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "features",
             "A linear model tells the categories of items from their features (one half fits, the other judges, and "
             "the other way round), and neighbours are counted that share a category, beside the same features dealt "
-            "out to other items. Then come how far texts lie from images before and after the alignment is trained, "
-            "a map, and the neighbours of some items, drawn by seed, as pictures.",
+            "out to other items. A category is told from 30 items in each half on (-: none has as many). Then come how "
+            "far texts lie from images before and after the alignment is trained, a map, and the neighbours of some "
+            "items, drawn by seed, as pictures.",
         ),
         *(
             Part(

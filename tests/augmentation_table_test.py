@@ -74,6 +74,7 @@ def test_parquet_holds_the_candidates_with_the_ids_of_the_source(case, tmp_path)
     np.testing.assert_allclose(found["similarity"], [0.5, 0.5, 0.25, 0.25, 0.25])
     assert found["item"] == ["i2", "i3", "i5", "i6", "i7"]
     assert found["donor_time"] == [6, 7, 9, 10, 11]
+    assert found["donor_label"] == [1, 1, 1, 0, 1]
     np.testing.assert_allclose(found["item_similarity"], [0.1, 0.2, 0.3, 0.4, 0.9], rtol=1e-6)
     assert found["kept"] == [False, True, True, False, True]
     assert found["position"] == [-1, 0, 0, -1, 1]

@@ -189,6 +189,18 @@ def test_images_named_by_a_column_are_those_of_the_items(shop, encoder):
     assert found["p7"].name == "shot-107.jpg"
 
 
+def test_files_that_are_no_items_image_are_told_of(shop, caplog):
+    images = shop / "images"
+    taken = next(path for path in sorted(images.iterdir()) if path.suffix == ".png")
+    (images / f"{taken.stem}.jpg").write_bytes(taken.read_bytes())  # a second one of an item
+    for name in ("stray.png", "p1.avif", ".hidden"):
+        (images / name).touch()
+    caplog.set_level("INFO")
+    pipeline.read(configured(), shop / "run")
+    (told,) = [message for message in caplog.messages if "unused_file" in message]
+    assert told == f"data: 3 x unused_file, ignored: {', '.join(sorted(['p1.avif', taken.name, 'stray.png']))}"
+
+
 def test_posters_are_shown_where_no_model_reads_them(tmp_path):
     data = load_config("configs/ml1m.py", {"data.folder": str(tmp_path)}).data
     assert item_images(data, tmp_path, ["1", "2"]) == {}

@@ -111,7 +111,8 @@ def test_donors_are_high_active_borrowers_low_active_and_never_the_same(workdir,
     commands.augment(config, workdir, output=tmp_path / "borrowed.parquet")
     columns = pyarrow.parquet.read_table(tmp_path / "borrowed.parquet").to_pydict()
     assert list(columns) == [
-        "user", "history_length", "donor", "similarity", "item", "donor_time", "item_similarity", "kept", "position",
+        "user", "history_length", "donor", "similarity", "item", "donor_time", "donor_label", "item_similarity",
+        "kept", "position",
     ]  # fmt: skip
     group = dict(zip(loaded.dataset.log.raw_user_U, loaded.rows.group_U, strict=True))
     assert {group[user] for user in columns["user"]} == {LOW}

@@ -108,10 +108,11 @@ def test_reproduce_writes_a_report_and_runs_nothing_twice(config, tmp_path, monk
     commands.reproduce(config, tmp_path, parts="table1,few,sparse3,never,cases")  # of a part, or of some cells
     page = (tmp_path / "report.html").read_text()
     text = (tmp_path / "report.md").read_text()
-    for title in ("Table 1", "Methods", "Sparse", "Variants", "Cases"):
+    for title in ("Table 1", "Methods", "Sparse", "Cases", "Not run yet"):
         assert title in page
         assert f"## {title}" in text
-    assert "Not run yet: few" in text  # of the part that was not asked for
+    assert "## Variants" not in text  # it was not asked for
+    assert "\n`variants`: name some by" in text
     assert "1000 events: cannot be run on these data" in text
     assert "of the loss recovered" in text
     found = json.loads((tmp_path / "cells" / "few.json").read_text())

@@ -63,8 +63,8 @@ def write_parquet(path: pathlib.Path, candidates: Candidates, queries: Queries, 
     """One row a candidate item, with ids of the source.
 
     Columns: user, history_length (how many items of the own history the donor was looked up with), donor, similarity
-    (of user and donor), item, donor_time (when the donor met it), item_similarity (Eq. 16), kept, position (place in
-    the borrowed sequence from 0, -1 where not kept).
+    (of user and donor), item, donor_time (when the donor met it), donor_label (what came of it then), item_similarity
+    (Eq. 16), kept, position (place in the borrowed sequence from 0, -1 where not kept).
 
     Raises:
         ImportError: pyarrow is not installed.
@@ -79,13 +79,17 @@ def write_parquet(path: pathlib.Path, candidates: Candidates, queries: Queries, 
     position_QS = np.cumsum(candidates.kept_QS, axis=1) - 1
     user_S = queries.user_Q[query_S]
     raw_user_U, raw_item_N = dataset.log.raw_user_U, dataset.items.raw_id_N
+    donor_S, item_S, time_S = (
+        value_QS[query_S, slot_S] for value_QS in (candidates.donor_QS, candidates.item_QS, candidates.time_QS)
+    )
     columns = {
         "user": raw_user_U[user_S],
         "history_length": (queries.end_Q - rows.histories.start_U1[queries.user_Q])[query_S],
-        "donor": raw_user_U[candidates.donor_QS[query_S, slot_S]],
+        "donor": raw_user_U[donor_S],
         "similarity": candidates.donor_similarity_QS[query_S, slot_S],
-        "item": raw_item_N[candidates.item_QS[query_S, slot_S]],
-        "donor_time": candidates.time_QS[query_S, slot_S],
+        "item": raw_item_N[item_S],
+        "donor_time": time_S,
+        "donor_label": _labels(dataset, rows, donor_S, item_S, time_S),
         "item_similarity": candidates.similarity_QS[query_S, slot_S],
         "kept": kept_S,
         "position": np.where(kept_S, position_QS[query_S, slot_S], -1).astype(np.int32),
@@ -93,3 +97,21 @@ def write_parquet(path: pathlib.Path, candidates: Candidates, queries: Queries, 
     table = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.table(columns), table)
     files.write_bytes(path, table.getvalue().to_pybytes())
+
+
+def _labels(dataset: Dataset, rows: Rows, user_S: np.ndarray, item_S: np.ndarray, time_S: np.ndarray) -> np.ndarray:
+    """The labels of these users' events with these items at these times, [S] int8; of several the last one's."""
+    log, n_items = dataset.log, len(dataset.items.raw_id_N)
+    pair_S = user_S.astype(np.int64) * n_items + item_S
+    pair_E = rows.user_E.astype(np.int64) * n_items + log.item_E
+    event_X = np.flatnonzero(np.isin(pair_E, pair_S))[::-1]
+    of_events_X2 = np.stack([pair_E[event_X], log.time_E[event_X]], axis=1)
+    _, first, at = np.unique(
+        np.concatenate([of_events_X2, np.stack([pair_S, time_S], axis=1)]),
+        axis=0,
+        return_index=True,
+        return_inverse=True,
+    )
+    # Of equal rows the first is an event, and the last of them, for they are in reverse.
+    label_X = (log.label_E[event_X] > 0).astype(np.int8)
+    return label_X[first[np.ravel(at)[len(event_X) :]]]

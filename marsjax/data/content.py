@@ -79,6 +79,15 @@ def image_problems(item_ids: np.ndarray, images: Sequence[pathlib.Path | None]) 
     return problems
 
 
+def unused_files(images: Sequence[pathlib.Path | None]) -> list[Problem]:
+    """Files beside these images that are no item's image: of another name or ending, or a second one of an item."""
+    used = {path for path in images if path is not None}
+    folders = sorted({path.parent for path in used})
+    left = [path.name for folder in folders for path in sorted(folder.iterdir()) if path not in used]
+    left = [name for name in left if not name.startswith(".")]
+    return [Problem("unused_file", len(left), "ignored", tuple(left[:SHOWN]))] if left else []
+
+
 def _is_whole(path: pathlib.Path) -> bool:
     if not path.is_file():
         return False

@@ -122,9 +122,18 @@ def probe_tables(items: Items, *, seed: int) -> tuple[Table | Plot, ...]:
 def gap_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
     """Diagnostics of the space (`alignment.diagnostics`) before the alignment was trained and after."""
     meaning = {
-        "modality_gap": "distance of the mean text from the mean image, unit vectors",
-        "matched_recall": "items whose nearest text is their own, by image",
-        "l_align": "alignment loss, Eq. 6",
+        "modality_gap": "distance of the mean text from the mean image, unit vectors: lower is nearer",
+        "matched_recall": "share of items whose nearest text, by image, is their own: higher is better",
+        "l_align": "mean kernel of an item's text and image (Eq. 6), 0 to 1: higher is nearer",
+        "gamma": "bandwidth of the kernel (Eq. 5), the median distance of a text from an image",
+        **{
+            f"{name}_{modality}": text
+            for modality in ("text", "image")
+            for name, text in (
+                ("effective_rank", "how many directions the items take up: low is a space that has collapsed"),
+                ("uniformity", "of items on the unit sphere: lower is more even"),
+            )
+        },
     }
     told = [name for name in (*meaning, *sorted(set(before) - set(meaning))) if name in before and name in after]
     lines = tuple((name, f"{before[name]:.4f}", f"{after[name]:.4f}", meaning.get(name, "")) for name in told)

@@ -22,7 +22,7 @@ def section(part: Part, results: Mapping[str, Results], refused: Mapping[str, st
         if cell.name in refused:
             text += f"\n\n{cell.label}: cannot be run on these data ({refused[cell.name]})."
     if missing:
-        text += f"\n\nNot run yet: {', '.join(missing)}. Run `marsjax reproduce --parts={part.name}`."
+        text += f"\n\nNot run yet: {', '.join(missing)}. Run the same command with `--parts={part.name}`."
     finished = [(cell, results[cell.name]) for cell in part.cells if cell.name in results]
     parts = drawn + (DRAWN[part.kind](part, finished) if finished else ())
     return Section(part.title, text, parts)

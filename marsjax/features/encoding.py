@@ -102,6 +102,7 @@ def encode_items(
     with files.locked(folder / f".{modality}.lock", held=alone), journal.open("a+b") as file:
         known = _Known(folder / f"{modality}.npz", facts_sha256)
         place = _mend(file, record)  # content -> record
+        before = len(place)  # by a call that was stopped
         batch: dict[bytes, tuple[list[int], Any]] = {}
         weight = 0  # of the batch
 
@@ -178,6 +179,7 @@ def encode_items(
         entry = {
             **whole,
             **(notes or {}),
+            "facts_sha256": facts_sha256,  # as in the file: rows with another one are made anew
             "sha256": files.sha256_file(path),
             "items": len(use),
             "vectors": len(item_I),
@@ -195,7 +197,9 @@ def encode_items(
         # Also what a kill left of results that were being written.
         for left in (*folder.glob(f".{modality}-*.partial"), *folder.glob(f".{modality}.npz.*.partial")):
             left.unlink()
-    log.info("%s: %d vectors of %d items, %d made anew", path, len(item_I), len(use), len(place))
+    stopped = f", {before} by a call that was stopped" if before else ""
+    made = len(place) - before
+    log.info("%s: %d vectors of %d items, %d made anew%s", path, len(item_I), len(use), made, stopped)
     return Made(path, problems)
 
 
