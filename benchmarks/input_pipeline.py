@@ -83,9 +83,12 @@ def compilations() -> list[float]:
     import jax
 
     found: list[float] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: found.append(seconds) if name == COMPILED else None
-    )
+
+    def listen(name: str, seconds: float, **_: str | int) -> None:
+        if name == COMPILED:
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)  # type: ignore[arg-type]  # it is called by place
     return found
 
 

@@ -44,8 +44,8 @@ def run(jobs: Mapping[Name, Job], shared: Any, *, processes: int, logs: pathlib.
     logs.mkdir(parents=True, exist_ok=True)
     # Each would take three quarters of a GPU's memory for itself. Read where a process first asks for a device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # NumPy starts a thread a processor as it is loaded, before a process has its share: sixteen of them that spin on one
-    # processor take nearly all of its time.
+    # NumPy starts a thread a processor as it is loaded, before a process has its share: sixteen of them that spin on
+    # one processor take nearly all of its time.
     threads = str(max(map(len, shares(_processors(), processes))))
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, threads)

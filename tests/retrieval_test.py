@@ -162,7 +162,7 @@ def test_truncated_description_is_refused(tmp_path):
         ({"count": 7}, "vectors in the graph: expected 7, found 200"),
         ({"width": 4}, "width of the graph: expected 4, found 16"),
         ({"metric": "l2sq"}, "metric: expected ip, found l2sq"),
-        ({"dtype": "f16"}, "dtype of the graph: expected f16, found f32"),
+        ({"dtype": "f32"}, "dtype of the graph: expected f32, found f16"),
         ({"sha256": {}}, "graph.usearch: expected sha256 no sum"),
         ({"width": None}, r"index.json: expected width \(int\), found None"),
     ],
@@ -306,6 +306,7 @@ def test_slots_that_the_graph_left_unfilled_are_padding():
 
     class Poor:
         expansion_search = 0
+        dtype = "f16"
 
         def search(self, query_BD, count, *, threads):
             keys_BK = np.zeros((len(query_BD), count), np.uint64)
