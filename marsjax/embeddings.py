@@ -125,7 +125,8 @@ def donor_vectors(
     if kind != "contextual":
         raise ValueError(f"augmentation.vectors: expected contextual or static, found {kind!r}")
     if item_PL.size * encoder.width * 4 > most_bytes:
-        return lambda position_X: contextual_vectors(encoder, params, tables, item_PL[position_X])
+        # Small parts: one that is asked for a few donors is padded with few.
+        return lambda position_X: contextual_vectors(encoder, params, tables, item_PL[position_X], size=16)
     with progress("donor item vectors", len(item_PL)) as advance:
         vector_PLD = contextual_vectors(encoder, params, tables, item_PL, advance=advance)
     return lambda position_X: vector_PLD[position_X]

@@ -322,3 +322,14 @@ def test_recall_of_other_queries_is_refused():
     found = retrieval.exact_search(vectors(4), BASE, USERS, k=2)
     with pytest.raises(ValueError, match="expected answers to the same queries"):
         retrieval.recall(found, retrieval.exact_search(vectors(5), BASE, USERS, k=2))
+
+
+def test_queries_are_asked_some_at_a_time(monkeypatch):
+    whole, found = retrieval.nearest(vectors(20), BASE, USERS, k=3, backend="usearch")
+    monkeypatch.setattr(retrieval, "CHUNK", 7)
+    parts, again = retrieval.nearest(vectors(20), BASE, USERS, k=3, backend="usearch")
+    assert found == again
+    for a, b in zip(parts, whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+    nobody, _ = retrieval.nearest(vectors(20)[:0], BASE, USERS, k=3, backend="usearch")
+    assert nobody.user_BK.shape == (0, 3)
