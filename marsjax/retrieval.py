@@ -21,7 +21,8 @@ from marsjax.records import Neighbours
 log = logging.getLogger(__name__)
 
 METRIC = "ip"  # of unit vectors: the cosine, without USearch dividing by a norm that may be zero
-CHUNK = 65_536  # queries at a time
+CHUNK = 65_536  # queries of an index at a time
+ENTRIES = 1 << 25  # similarities at a time: those of 1,024 queries to a million users are 4 GB, several times over
 GRAPH, VECTORS, DESCRIPTION = "graph.usearch", "vectors.npz", "index.json"
 DESCRIBED = {
     "usearch": str, "metric": str, "dtype": str, "width": int, "count": int, "left_out": int, "connectivity": int,
@@ -61,6 +62,7 @@ def exact_search(
     # is decided by chance. Equal vectors share one column here.
     distinct_XD, column_P = _distinct(unit_PD)
     slot_P = np.arange(len(user_P))
+    chunk = max(1, min(chunk, ENTRIES // max(len(user_P), 1)))
     parts = []
     for i in range(0, len(unit_BD), chunk):
         part_BD = unit_BD[i : i + chunk]

@@ -333,3 +333,13 @@ def test_queries_are_asked_some_at_a_time(monkeypatch):
         np.testing.assert_array_equal(a, b)
     nobody, _ = retrieval.nearest(vectors(20)[:0], BASE, USERS, k=3, backend="usearch")
     assert nobody.user_BK.shape == (0, 3)
+
+
+def test_the_oracle_holds_few_similarities_at_a_time(monkeypatch):
+    whole, sizes = retrieval.exact_search(vectors(20), BASE, USERS, k=3), []
+    ranked = retrieval._ranked
+    monkeypatch.setattr(retrieval, "ENTRIES", 3 * len(USERS))
+    monkeypatch.setattr(retrieval, "_ranked", lambda x, *given: sizes.append(x.shape) or ranked(x, *given))
+    for a, b in zip(retrieval.exact_search(vectors(20), BASE, USERS, k=3), whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert max(rows * columns for rows, columns in sizes) <= 3 * len(USERS)

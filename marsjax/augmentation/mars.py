@@ -218,7 +218,7 @@ def borrow(
         item_BKL = np.where(valid_QK[row_B][..., None], donors.item_PL[position_BK], 0)
         unique_X, inverse = np.unique(position_BK, return_inverse=True)
         vector_BKLD = vectors(unique_X)
-        if len(unique_X) < position_BK.size or k > 1:
+        if not np.array_equal(unique_X, position_BK.ravel()):
             vector_BKLD = vector_BKLD[inverse.reshape(position_BK.shape)]
         vector_BKLD = vector_BKLD.reshape(*item_BKL.shape, -1)
         similarity_BS, kept_BS = select(
