@@ -460,6 +460,9 @@ def lenders_of(
 ) -> lending.Lenders:
     """The donors as a service needs them, with all that it looks up anew."""
     config, rows = context.config, context.loaded.rows
+    # Histories of donors grow while they are served, up to as many items as a user is known by.
+    spare = [(0, 0), (0, config.retrieval.history - donors.item_PL.shape[1])]
+    donors = donors._replace(item_PL=np.pad(donors.item_PL, spare), time_PL=np.pad(donors.time_PL, spare))
     donor_PD = vectors.user_UD[donors.user_P]
     centre_D = pipeline.centre_of(config, donor_PD)
     vector_PLD = None

@@ -72,9 +72,11 @@ def user_vectors(
     out_QD = np.zeros((len(user_Q), encoder.width), np.float32)
     for bucket, bound in enumerate(bounds):
         member_Q = np.flatnonzero(bucket_Q == bucket)
-        if len(member_Q):
-            history_QL = gather_histories(histories, user_Q[member_Q], end_Q[member_Q], cap=bound)
-            out_QD[member_Q] = in_chunks(
+        # Some chunks at a time: histories of all users, and all vectors once more, would take several times the answer.
+        for begin in range(0, len(member_Q), 256 * size):
+            part_Q = member_Q[begin : begin + 256 * size]
+            history_QL = gather_histories(histories, user_Q[part_Q], end_Q[part_Q], cap=bound)
+            out_QD[part_Q] = in_chunks(
                 lambda history_BL: _encode(encoder, params, tables, history_BL)[1],
                 history_QL,
                 size=size,
@@ -106,8 +108,13 @@ def donor_vectors(
     tables: FeatureTables,
     item_PL: np.ndarray,
     item_ND: np.ndarray,
+    *,
+    most_bytes: int = 1 << 30,
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Item vectors of donors for Eq. 16, as a function of positions [X] among them -> [X, L, D].
+
+    Contextual ones are all made before where they take little memory (`most_bytes`), and else when they are asked for:
+    those of a million donors take more than most machines have.
 
     Args:
         kind: "contextual", each item in the context of its donor's history, or "static", from the table `item_ND`.
@@ -117,6 +124,9 @@ def donor_vectors(
         return lambda position_X: item_ND[item_PL[position_X]]
     if kind != "contextual":
         raise ValueError(f"augmentation.vectors: expected contextual or static, found {kind!r}")
+    if item_PL.size * encoder.width * 4 > most_bytes:
+        # Small parts: one that is asked for a few donors is padded with few.
+        return lambda position_X: contextual_vectors(encoder, params, tables, item_PL[position_X], size=16)
     with progress("donor item vectors", len(item_PL)) as advance:
         vector_PLD = contextual_vectors(encoder, params, tables, item_PL, advance=advance)
     return lambda position_X: vector_PLD[position_X]

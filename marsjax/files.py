@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import logging
 import os
@@ -183,17 +182,15 @@ def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
     """Writes an uncompressed .npz. Arrays of Python objects, which could not be read back, raise ValueError."""
     for name, array in arrays.items():
         _refuse_objects(name, np.asarray(array))
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    write_bytes(path, buffer.getvalue())
+    with replacing(path) as file:  # not through memory, which would hold large arrays twice more
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def write_array(path: pathlib.Path, array: np.ndarray) -> None:
     """Writes an .npy, which can be read without being loaded. Arrays of Python objects raise ValueError."""
     _refuse_objects(path.name, array)
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write_bytes(path, buffer.getvalue())
+    with replacing(path) as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def sha256_file(path: pathlib.Path) -> str:

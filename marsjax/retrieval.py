@@ -21,6 +21,8 @@ from marsjax.records import Neighbours
 log = logging.getLogger(__name__)
 
 METRIC = "ip"  # of unit vectors: the cosine, without USearch dividing by a norm that may be zero
+CHUNK = 65_536  # queries of an index at a time
+ENTRIES = 1 << 25  # similarities at a time: those of 1,024 queries to a million users are 4 GB, several times over
 GRAPH, VECTORS, DESCRIPTION = "graph.usearch", "vectors.npz", "index.json"
 DESCRIBED = {
     "usearch": str, "metric": str, "dtype": str, "width": int, "count": int, "left_out": int, "connectivity": int,
@@ -60,6 +62,7 @@ def exact_search(
     # is decided by chance. Equal vectors share one column here.
     distinct_XD, column_P = _distinct(unit_PD)
     slot_P = np.arange(len(user_P))
+    chunk = max(1, min(chunk, ENTRIES // max(len(user_P), 1)))
     parts = []
     for i in range(0, len(unit_BD), chunk):
         part_BD = unit_BD[i : i + chunk]
@@ -75,9 +78,12 @@ def exact_search(
 
 
 def build_index(
-    base_PD: np.ndarray, user_P: np.ndarray, *, connectivity: int = 16, expansion_add: int = 128, dtype: str = "f32"
+    base_PD: np.ndarray, user_P: np.ndarray, *, connectivity: int = 16, expansion_add: int = 128, dtype: str = "f16"
 ) -> UserIndex:
     """An HNSW index over the users' vectors, built on one thread, so that equal input gives an equal graph.
+
+    Half precision in the graph loses no neighbour that matters, since similarities are computed from the vectors, and
+    takes half the time to build and half the memory (`benchmarks/retrieval.py`).
 
     A vector with NaN or infinity, or without length, never enters the graph: it is left out and counted. A user with
     two vectors raises ValueError.
@@ -105,7 +111,9 @@ def search(
     count = len(index.user_P)
     if not len(unit_BD) or not count:
         return _nothing(len(unit_BD), k)
-    wanted = min(k + (exclude_B is not None), count)
+    # Of two that are nearly equal a graph of less precision may put the nearer one last, so it is asked for more.
+    spare = 0 if _kind(index.graph.dtype) == "f32" else k
+    wanted = min(k + spare + (exclude_B is not None), count)
     index.graph.expansion_search = max(expansion_search, wanted)  # type: ignore[misc]  # it has a setter
     found = index.graph.search(unit_BD, wanted, threads=0)  # all cores: only building depends on their number
     # A batch of one comes back without its axis; unfilled slots hold key 0, and only the counts tell.
@@ -130,7 +138,10 @@ def nearest(
         return exact_search(query_BD, base_PD, user_P, k=k), 1.0
     if backend != "usearch":
         raise ValueError(f"retrieval.backend: expected usearch or exact, found {backend!r}")
-    found = search(build_index(base_PD, user_P), query_BD, k=k)
+    index = build_index(base_PD, user_P)
+    # Some at a time: what is between is several times as large as the queries.
+    parts = [search(index, query_BD[i : i + CHUNK], k=k) for i in range(0, max(len(query_BD), 1), CHUNK)]
+    found = Neighbours(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     asked = np.random.default_rng(0).permutation(len(query_BD))[:sample]
     exact = exact_search(query_BD[asked], base_PD, user_P, k=k)
     return found, recall(Neighbours(*(value[asked] for value in found)), exact)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from marsjax.augmentation import controls, mars
+from marsjax.augmentation.donors import find_donors
 from marsjax.augmentation.queries import make_queries
 from marsjax.data.splits import make_rows
+from marsjax.data.synthetic import make_synthetic
 from marsjax.records import LOW, TEST, TRAIN, VALID, Donors, Histories, Neighbours, Queries
 from tests.data_batches_test import small_log
 
@@ -332,3 +334,32 @@ def test_in_few_directions_histories_without_a_common_item_find_the_donor_of_the
     for query, donor in enumerate(borrowed.donor_S[::2]):
         assert expected_QP[query, donor] > expected_QP[query].max() - 1e-6
         assert (donor in (2, 3, 5)) == (query == 1)
+
+
+def test_queries_with_the_same_donor_are_filtered_together(case):
+    """Whatever the order of the queries, a donor is fetched in one part of them, or in two that follow one another."""
+    donors, _, query_QD, vector_PLD = case
+    user_Q1 = donors.user_P[np.arange(Q) % 3][:, None].astype(np.int64)
+    neighbours = Neighbours(user_Q1, np.ones((Q, 1), np.float32), np.ones((Q, 1), bool))
+    asked = []
+
+    def vectors(position_X):
+        asked.append(position_X.tolist())
+        return vector_PLD[position_X]
+
+    mars.borrow(
+        donors, neighbours, query_QD, vectors, strategy="filter", theta=None, theta_quantile=0.5,
+        centre_D=np.zeros(D, np.float32), size=3,
+    )  # fmt: skip
+    assert sorted(sum(asked, [])) == sum(asked, [])
+
+
+def test_donors_are_as_wide_as_the_longest_of_them():
+    dataset = make_synthetic(n_users=80, n_items=40, n_types=4, n_topics=8, topics_per_type=2, high_events=(20, 30))
+    rows = make_rows(dataset.log, split="leave_one_out")
+    donors, few = find_donors(rows, cap=200), find_donors(rows, cap=5)
+    assert donors.item_PL.shape == donors.time_PL.shape
+    assert (donors.item_PL > 0).sum(axis=1).max() == donors.item_PL.shape[1] < 200
+    assert few.item_PL.shape[1] == 5
+    last_P = (donors.item_PL > 0).sum(axis=1) - 1
+    np.testing.assert_array_equal(few.item_PL[:, -1], donors.item_PL[np.arange(len(last_P)), last_P])

@@ -110,6 +110,28 @@ def test_donor_vectors_in_their_context_or_alone(space):
         embeddings.donor_vectors("both", *space, item_PL, item_ND)
 
 
+def test_many_donors_are_embedded_when_they_are_asked_for(space, monkeypatch):
+    item_PL = np.random.default_rng(0).integers(1, N, (5, 7)).astype(np.int32)
+    position_X, asked = np.array([3, 0]), []
+    before = embeddings.donor_vectors("contextual", *space, item_PL, np.zeros((N, D), np.float32))
+    made = embeddings.contextual_vectors
+    monkeypatch.setattr(
+        embeddings, "contextual_vectors", lambda *given, **named: asked.append(len(given[3])) or made(*given, **named)
+    )
+    later = embeddings.donor_vectors("contextual", *space, item_PL, np.zeros((N, D), np.float32), most_bytes=0)
+    assert not asked
+    np.testing.assert_allclose(later(position_X), before(position_X), atol=2e-6)
+    assert asked == [2]
+
+
+def test_users_are_embedded_some_at_a_time(space):
+    past = histories()
+    user_Q = np.arange(600) % len(LENGTHS)
+    found_QD = embeddings.user_vectors(*space, past, user_Q, past.train_end_U[user_Q], cap=CAP, size=1)
+    few_QD = embeddings.user_vectors(*space, past, user_Q[: len(LENGTHS)], past.train_end_U[: len(LENGTHS)], cap=CAP)
+    np.testing.assert_allclose(found_QD, few_QD[user_Q], atol=2e-6)
+
+
 def test_compiled_once_for_each_length(space):
     """However many users are asked for, there is one compiled encoder for each of the lengths 16, 64 and the cap."""
     past = histories(seed=1)

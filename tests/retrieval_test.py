@@ -162,7 +162,7 @@ def test_truncated_description_is_refused(tmp_path):
         ({"count": 7}, "vectors in the graph: expected 7, found 200"),
         ({"width": 4}, "width of the graph: expected 4, found 16"),
         ({"metric": "l2sq"}, "metric: expected ip, found l2sq"),
-        ({"dtype": "f16"}, "dtype of the graph: expected f16, found f32"),
+        ({"dtype": "f32"}, "dtype of the graph: expected f32, found f16"),
         ({"sha256": {}}, "graph.usearch: expected sha256 no sum"),
         ({"width": None}, r"index.json: expected width \(int\), found None"),
     ],
@@ -306,6 +306,7 @@ def test_slots_that_the_graph_left_unfilled_are_padding():
 
     class Poor:
         expansion_search = 0
+        dtype = "f16"
 
         def search(self, query_BD, count, *, threads):
             keys_BK = np.zeros((len(query_BD), count), np.uint64)
@@ -321,3 +322,24 @@ def test_recall_of_other_queries_is_refused():
     found = retrieval.exact_search(vectors(4), BASE, USERS, k=2)
     with pytest.raises(ValueError, match="expected answers to the same queries"):
         retrieval.recall(found, retrieval.exact_search(vectors(5), BASE, USERS, k=2))
+
+
+def test_queries_are_asked_some_at_a_time(monkeypatch):
+    whole, found = retrieval.nearest(vectors(20), BASE, USERS, k=3, backend="usearch")
+    monkeypatch.setattr(retrieval, "CHUNK", 7)
+    parts, again = retrieval.nearest(vectors(20), BASE, USERS, k=3, backend="usearch")
+    assert found == again
+    for a, b in zip(parts, whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+    nobody, _ = retrieval.nearest(vectors(20)[:0], BASE, USERS, k=3, backend="usearch")
+    assert nobody.user_BK.shape == (0, 3)
+
+
+def test_the_oracle_holds_few_similarities_at_a_time(monkeypatch):
+    whole, sizes = retrieval.exact_search(vectors(20), BASE, USERS, k=3), []
+    ranked = retrieval._ranked
+    monkeypatch.setattr(retrieval, "ENTRIES", 3 * len(USERS))
+    monkeypatch.setattr(retrieval, "_ranked", lambda x, *given: sizes.append(x.shape) or ranked(x, *given))
+    for a, b in zip(retrieval.exact_search(vectors(20), BASE, USERS, k=3), whole, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert max(rows * columns for rows, columns in sizes) <= 3 * len(USERS)

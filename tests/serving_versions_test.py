@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 
+import numpy as np
 import pytest
 
 from marsjax import files
@@ -160,3 +161,12 @@ def test_a_full_disk_publishes_nothing(variants, small_disk):
 def test_keeping_nothing_is_refused(variants, tmp_path):
     with pytest.raises(ValueError, match="expected to keep 1 version or more"):
         versions.publish(tmp_path, variants[0], keep=0)
+
+
+def test_donors_of_a_bundle_have_room_for_what_they_will_do(bundle_folder):
+    """The runner gives them as many items as the bundle has columns."""
+    described = files.read_json(bundle_folder / "manifest.json")["config"]
+    (path,) = bundle_folder.rglob("donors.npz")
+    with np.load(path) as arrays:
+        widths = {arrays[name].shape[1] for name in ("item_PL", "time_PL", "mark_PL")}
+    assert widths == {described["retrieval"]["history"]}

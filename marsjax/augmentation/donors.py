@@ -9,7 +9,7 @@ from marsjax.records import HIGH, Donors, Rows
 
 
 def find_donors(rows: Rows, *, cap: int) -> Donors:
-    """The high-active users and the last `cap` items of their training histories.
+    """The high-active users and the last `cap` items of their training histories, as wide as the longest of them.
 
     Raises ValueError where there is none. A donor is never the borrower: groups are disjoint.
     """
@@ -21,6 +21,8 @@ def find_donors(rows: Rows, *, cap: int) -> Donors:
             "split.sparse_fraction"
         )
     end_P = histories.train_end_U[user_P]
+    # Columns that hold nothing would go through all that follows, for every donor and for every query.
+    cap = min(cap, int((end_P - histories.start_U1[user_P]).max()))
     times = histories._replace(item_H=histories.time_H)
     return Donors(
         user_P.astype(np.int32),

@@ -209,14 +209,18 @@ def borrow(
     item_QS = np.zeros((n_queries, k * length), np.int32)
     similarity_QS = np.full((n_queries, k * length), -np.inf, np.float32)
     kept_QS = np.zeros((n_queries, k * length), bool)
+    # Those with the same nearest donor together: each donor is then fetched about once, whoever many borrow from it.
+    order_Q = np.argsort(position_QK[:, -1], kind="stable")
     for begin in range(0, n_queries, size):
         end = min(begin + size, n_queries)
-        row_B = np.minimum(np.arange(begin, begin + size), n_queries - 1)
+        row_B = order_Q[np.minimum(np.arange(begin, begin + size), n_queries - 1)]
         position_BK = position_QK[row_B]
         item_BKL = np.where(valid_QK[row_B][..., None], donors.item_PL[position_BK], 0)
-        # Neighbouring queries share donors (one user's prefixes do), so each donor is fetched once.
         unique_X, inverse = np.unique(position_BK, return_inverse=True)
-        vector_BKLD = vectors(unique_X)[inverse.reshape(position_BK.shape)]
+        vector_BKLD = vectors(unique_X)
+        if not np.array_equal(unique_X, position_BK.ravel()):
+            vector_BKLD = vector_BKLD[inverse.reshape(position_BK.shape)]
+        vector_BKLD = vector_BKLD.reshape(*item_BKL.shape, -1)
         similarity_BS, kept_BS = select(
             item_BKL,
             vector_BKLD,
@@ -226,9 +230,13 @@ def borrow(
             theta=theta,
             theta_quantile=theta_quantile,
         )
-        item_QS[begin:end] = item_BKL.reshape(size, -1)[: end - begin]
-        similarity_QS[begin:end] = np.where(item_QS[begin:end] > 0, np.asarray(similarity_BS)[: end - begin], -np.inf)
-        kept_QS[begin:end] = np.asarray(kept_BS)[: end - begin]
+        item_BS, similarity_BS, kept_BS = (
+            np.asarray(value).reshape(size, -1)[: end - begin] for value in (item_BKL, similarity_BS, kept_BS)
+        )
+        row_B = row_B[: end - begin]
+        item_QS[row_B] = item_BS
+        similarity_QS[row_B] = np.where(item_BS > 0, similarity_BS, -np.inf)
+        kept_QS[row_B] = kept_BS
         advance(end - begin)
     return Candidates(
         item_QS=item_QS,

@@ -69,6 +69,15 @@ def history_lengths(
     return own_B, np.minimum(available_B, cap - own_B)
 
 
+def _gather(value_H: np.ndarray, at_BL: np.ndarray, is_own_BL: np.ndarray, out_BL: np.ndarray) -> None:
+    """Fills the first rows of `out_BL` with the entries `at_BL`, and 0 where they are not of the row."""
+    if len(value_H):
+        rows_BL = out_BL[: len(at_BL)]
+        # Clipping costs less than looking up 0 in the place of what is outside.
+        value_H.take(at_BL, mode="clip", out=rows_BL)
+        rows_BL *= is_own_BL
+
+
 def ctr_batch(
     log: Log,
     rows: Rows,
@@ -91,31 +100,38 @@ def ctr_batch(
     total_B = own_B + extra_B
     if total_B.max(initial=0) > length:
         raise ValueError(f"history of {total_B.max()} entries does not fit a batch of length {length}")
+    # A batch is made while the step runs, on the same cores: arrays [B, L] are few, and written where they stay.
     column_1L = np.arange(length)[None, :]
-    is_own_BL = (column_1L >= extra_B[:, None]) & (column_1L < total_B[:, None])
+    is_own_BL = column_1L < total_B[:, None]
+    if extra_B.any():
+        is_own_BL &= column_1L >= extra_B[:, None]
     own_at_BL = (histories.end_E[row_B] - total_B)[:, None] + column_1L
-    own_at_BL = np.where(is_own_BL, own_at_BL, 0)
-    item_H = histories.item_H if len(histories.item_H) else np.zeros(1, np.int32)
-    history_BL = np.where(is_own_BL, item_H[own_at_BL], 0)
+    history_BL = np.zeros((size, length), np.int32)
+    _gather(histories.item_H, own_at_BL, is_own_BL, history_BL)
     feedback_BL = None
     if inputs.feedback:
-        label_H = histories.label_H if len(histories.label_H) else np.zeros(1, np.float32)
-        feedback_BL = np.where(is_own_BL, feedback(label_H[own_at_BL]), 0)
-    borrowed_BL = np.zeros(history_BL.shape, bool)
+        feedback_BL = np.zeros((size, length), np.int8)
+        liked_BL = np.zeros(is_own_BL.shape, np.float32)
+        _gather(histories.label_H, own_at_BL, is_own_BL, liked_BL)
+        np.copyto(feedback_BL[: len(row_B)], feedback(liked_BL), where=is_own_BL)
+    borrowed_BL = np.zeros((size, length), bool)
     if augmentation is not None and extra_B.any():
         borrowed = augmentation.borrowed
-        is_borrowed_BL = column_1L < extra_B[:, None]
+        # As wide as the most that is borrowed, at the start of the rows.
+        width = int(extra_B.max())
+        is_borrowed_BX = column_1L[:, :width] < extra_B[:, None]
         # The last `extra` of what the query borrows: the same end survives as in the concatenated sequence.
         first_B = borrowed.start_Q1[augmentation.queries.query_E[row_B] + 1] - extra_B
-        at_BL = np.where(is_borrowed_BL, first_B[:, None] + column_1L, 0)
+        at_BX = np.where(is_borrowed_BX, first_B[:, None] + column_1L[:, :width], 0)
         if augmentation.time_safe:
-            is_borrowed_BL &= borrowed.time_S[at_BL] <= log.time_E[row_B][:, None]
+            is_borrowed_BX &= borrowed.time_S[at_BX] <= log.time_E[row_B][:, None]
+        item_BX = borrowed.item_S[at_BX]
         if augmentation.drop_target:
-            is_borrowed_BL &= borrowed.item_S[at_BL] != log.item_E[row_B][:, None]
-        history_BL = np.where(is_borrowed_BL, borrowed.item_S[at_BL], history_BL)
+            is_borrowed_BX &= item_BX != log.item_E[row_B][:, None]
+        np.copyto(history_BL[: len(row_B), :width], item_BX, where=is_borrowed_BX)
         if feedback_BL is not None and borrowed.feedback_S is not None:
-            feedback_BL = np.where(is_borrowed_BL, borrowed.feedback_S[at_BL], feedback_BL)
-        borrowed_BL = is_borrowed_BL
+            np.copyto(feedback_BL[: len(row_B), :width], borrowed.feedback_S[at_BX], where=is_borrowed_BX)
+        borrowed_BL[: len(row_B), :width] = is_borrowed_BX
 
     user_B = rows.user_E[row_B] + 1
     if inputs.hidden_E is not None:
@@ -125,9 +141,9 @@ def ctr_batch(
         target_B=pad_to(size, log.item_E[row_B], np.int32),
         label_B=pad_to(size, log.label_E[row_B], np.float32),
         weight_B=pad_to(size, np.ones(len(row_B)), np.float32),
-        history_BL=pad_to(size, history_BL, np.int32),
-        borrowed_BL=pad_to(size, borrowed_BL, np.bool_),
-        feedback_BL=None if feedback_BL is None else pad_to(size, feedback_BL, np.int8),
+        history_BL=history_BL,
+        borrowed_BL=borrowed_BL,
+        feedback_BL=feedback_BL,
         dense_BJ=None if inputs.dense_EJ is None else pad_to(size, inputs.dense_EJ[row_B], np.float32),
     )
 

@@ -112,6 +112,8 @@ def build_dataset(
 
     def narrow(keep_R: np.ndarray) -> None:
         nonlocal user_code_R, item_code_R, label_R, time_R, row_R
+        if keep_R.dtype == bool and keep_R.all():
+            return
         user_code_R, item_code_R, label_R, time_R, row_R = (
             v[keep_R] for v in (user_code_R, item_code_R, label_R, time_R, row_R)
         )

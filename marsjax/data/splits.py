@@ -70,7 +70,9 @@ def make_rows(
 
     if split == "leave_one_out":
         enough_E = (length_U >= 3)[user_E]
-        split_E = np.where(enough_E & (from_end_E == 0), TEST, np.where(enough_E & (from_end_E == 1), VALID, TRAIN))
+        split_E = np.full(n_events, TRAIN, np.int8)
+        split_E[enough_E & (from_end_E == 1)] = VALID
+        split_E[enough_E & (from_end_E == 0)] = TEST
     elif split == "last_fraction":
         enough_U = length_U >= 5
         test_U = np.where(enough_U, np.maximum(np.ceil(length_U * fraction_test), fraction_test > 0), 0)
@@ -120,11 +122,13 @@ def _histories(
     # Training events are the first of each user under every split.
     train_end_U = before_E1[log.start_U1[:-1] + train_length_U]
     end_E = before_E1[:-1]
+    # Where all events are history it is the log itself, which nobody writes to.
+    entries = slice(None) if history == "all" else in_E
     return Histories(
         start_U1=before_E1[log.start_U1],
-        item_H=log.item_E[in_E],
-        time_H=log.time_E[in_E],
-        label_H=log.label_E[in_E],
+        item_H=log.item_E[entries],
+        time_H=log.time_E[entries],
+        label_H=log.label_E[entries],
         end_E=np.where(sparse_U[user_E], np.minimum(end_E, train_end_U[user_E]), end_E),
         train_end_U=train_end_U,
         start_E=before_E1[log.start_U1[:-1]][user_E],
