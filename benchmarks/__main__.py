@@ -30,6 +30,9 @@ BENCHMARKS = {
         "how fast is a training step of a DIN, and an epoch, against FuxiCTR's?", ("--epoch",),
         ("--batches=512", "--histories=50", "--activations=prelu", "--turns=3"),
     ),
+    "retrieval": Benchmark("how fast and how right are retrieval and borrowing, against faiss and hnswlib?"),
+    "input_pipeline": Benchmark("how much longer does a step take when its batches are made as it goes?"),
+    "scale": Benchmark("how do time and memory grow with the users?"),
     "allocator": Benchmark("what is keeping freed memory worth?", quick=()),
 }  # fmt: skip
 
