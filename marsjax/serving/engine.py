@@ -17,10 +17,10 @@ import numpy as np
 
 from marsjax.ctr import objective
 from marsjax.records import CtrBatch
-from marsjax.serving import scoring
+from marsjax.serving import lending, scoring
 from marsjax.serving.bundle import Bundle
 from marsjax.serving.knowledge import dense_width, numbers
-from marsjax.serving.lending import CHUNK, Lenders, Lent, lend
+from marsjax.serving.lending import Lenders, Lent, lend
 
 log = logging.getLogger(__name__)
 
@@ -214,4 +214,5 @@ def warm_up(snapshot: Snapshot) -> None:
             batch = CtrBatch(number_B, number_B, weight_B, weight_B, history_BL, history_BL > 0, marks_BL, dense_BJ)
             objective.score(bundle.model, bundle.params, bundle.statistics, bundle.tables, [batch])
     if len(snapshot.lenders.user_index.user_P):
-        lend(snapshot.lenders, config, np.ones((CHUNK, snapshot.lenders.centre_D.shape[0]), np.float32))
+        for size in lending.SIZES:
+            lend(snapshot.lenders, config, np.ones((size, snapshot.lenders.centre_D.shape[0]), np.float32))

@@ -16,7 +16,7 @@ from marsjax.augmentation import mars
 from marsjax.records import Donors
 
 DONORS, VECTORS, INDEX = "donors.npz", "donor_vectors.npy", "index"
-CHUNK = 8  # users whose items are filtered at a time: one shape is compiled
+SIZES = (1, 2, 4, 8)  # users whose items are filtered at a time: the smallest shape that holds them is used
 
 
 class Lenders(NamedTuple):
@@ -64,7 +64,7 @@ def find_candidates(lenders: Lenders, config: Mapping[str, Any], user_QD: np.nda
         theta=lending["theta"],
         theta_quantile=lending["theta_quantile"],
         centre_D=lenders.centre_D,
-        size=CHUNK,
+        size=SIZES[min(int(np.searchsorted(SIZES, len(user_QD))), len(SIZES) - 1)],
     )
 
 
