@@ -82,8 +82,8 @@ def build_index(
 ) -> UserIndex:
     """An HNSW index over the users' vectors, built on one thread, so that equal input gives an equal graph.
 
-    Half precision in the graph loses no neighbour that matters, since similarities are computed from the vectors, and
-    takes half the time to build and half the memory (`benchmarks/retrieval.py`).
+    Half precision in the graph costs little recall, since similarities are computed from the vectors, and takes less
+    time to build and half the memory (`benchmarks/retrieval.py`).
 
     A vector with NaN or infinity, or without length, never enters the graph: it is left out and counted. A user with
     two vectors raises ValueError.
