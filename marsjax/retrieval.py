@@ -82,8 +82,8 @@ def build_index(
 ) -> UserIndex:
     """An HNSW index over the users' vectors, built on one thread, so that equal input gives an equal graph.
 
-    Half precision in the graph loses no neighbour that matters, since similarities are computed from the vectors, and
-    takes half the time to build and half the memory (`benchmarks/retrieval.py`).
+    Half precision in the graph costs little recall, since similarities are computed from the vectors, and takes less
+    time to build and half the memory (`benchmarks/retrieval.py`).
 
     A vector with NaN or infinity, or without length, never enters the graph: it is left out and counted. A user with
     two vectors raises ValueError.
@@ -328,10 +328,11 @@ def _answer(
     if not len(user_P):
         return _nothing(len(slot_BX), k)
     similarity_BX = np.empty(slot_BX.shape, np.float32)
-    rows = max(1, 65_536 // max(1, slot_BX.shape[1]))  # the vectors of some rows at a time: [B, K, D] is large
+    rows = max(1, 512 // max(1, slot_BX.shape[1]))  # the vectors of some rows at a time, as many as a cache holds
     for i in range(0, len(slot_BX), rows):
         near_BXD = unit_PD[np.where(valid_BX[i : i + rows], slot_BX[i : i + rows], 0)].astype(np.float64)
-        similarity_BX[i : i + rows] = (near_BXD * unit_BD[i : i + rows, None, :]).sum(axis=2)
+        part_BD = unit_BD[i : i + rows].astype(np.float64)
+        similarity_BX[i : i + rows] = np.einsum("bxd,bd->bx", near_BXD, part_BD)
     best = _ranked(slot_BX, similarity_BX, valid_BX, k)
     return best._replace(user_BK=np.where(best.valid_BK, user_P[np.where(best.valid_BK, best.user_BK, 0)], -1))
 
