@@ -105,6 +105,30 @@ def test_median_is_lower_order_statistic(count):
     assert float(found) == np.sort(value)[(count - 1) // 2]
 
 
+@pytest.mark.parametrize("kind", ["uniform", "wide", "equal", "few", "zeros", "infinite"])
+@pytest.mark.parametrize("count", [7, 1000, 20_001])
+def test_median_is_exact_whatever_the_values_are(kind, count):
+    """Values in one octave, over many, with ties, with -0 and infinity, among invalid ones that are smaller."""
+    rng = np.random.default_rng(count)
+    value = {
+        "uniform": lambda: 100 + rng.random(count),
+        "wide": lambda: np.exp(20 * rng.normal(size=count)),
+        "equal": lambda: np.full(count, 3.0),
+        "few": lambda: rng.integers(0, 3, count),
+        "zeros": lambda: np.where(rng.random(count) < 0.7, -0.0, 1.0),
+        "infinite": lambda: np.where(rng.random(count) < 0.7, np.inf, 1.0),
+    }[kind]().astype(np.float32)  # fmt: skip
+    valid = rng.random(count) < 0.8
+    value[~valid] = -1.0
+    found = jax.jit(stein.median)(jnp.asarray(value[None]), jnp.asarray(valid[None]))
+    assert float(found) == np.sort(value[valid])[(valid.sum() - 1) // 2]
+
+
+def test_median_takes_negative_zero_for_zero():
+    value = jnp.asarray([[-0.0, 1.0]])
+    assert float(stein.median(value, jnp.ones_like(value, bool))) == 0
+
+
 def test_no_difference_tensor_is_built():
     """No intermediate of the gradient step is as large as N x N x D."""
     n, d = 64, 32
