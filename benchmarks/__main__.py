@@ -28,11 +28,21 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "din_step": Benchmark(
         "how fast is a training step of a DIN, and an epoch, against FuxiCTR's?", ("--epoch",),
-        ("--batches=512", "--histories=50", "--activations=prelu", "--turns=3"),
+        ("--batches=512", "--histories=50", "--activations=prelu", "--turns=3", "--alone"),
     ),
-    "retrieval": Benchmark("how fast and how right are retrieval and borrowing, against faiss and hnswlib?"),
+    "retrieval": Benchmark(
+        "how fast and how right are retrieval and borrowing, against faiss and hnswlib?",
+        quick=("--quick", "--alone"),
+    ),
     "input_pipeline": Benchmark("how much longer does a step take when its batches are made as it goes?"),
     "scale": Benchmark("how do time and memory grow with the users?"),
+    "serving_load": Benchmark(
+        "how long does a request take, for 1, 8 and 32 clients, and what does augmentation add?",
+        quick=("--requests=100",), needs="bundle",
+    ),
+    "serving_parity": Benchmark(
+        "are scores of the service those of `marsjax score`?", quick=("--requests=200",), needs="bundle"
+    ),
     "allocator": Benchmark("what is keeping freed memory worth?", quick=()),
 }  # fmt: skip
 
