@@ -269,6 +269,7 @@ def encode_stage(
     """
     cfg, folder = config.features, output or workdir / "features"
     made = {}
+    refused: list[str] = []  # by strict reading; all modalities are read before it is told
     content = CONTENTS[config.data.source](config, workdir)
     encoders: dict[str, tuple[str, Mapping[str, Make]]] = {
         "text": (cfg.text, TEXT_ENCODERS), "image": (cfg.image, IMAGE_ENCODERS)
@@ -295,19 +296,24 @@ def encode_stage(
             batch=cfg.batch,
             file=pathlib.Path(file) if file else None,
         )
-        made[modality], problems = encoding.encode_items(
-            modality,
-            content.raw_id_I,
-            values,
-            known[name](options, values),
-            encoding.READERS["text" if name == "precomputed" else modality],
-            folder=folder,
-            facts=facts,
-            notes={"loaded_from": options.model} if options.model else {},
-            dtype=cfg.dtype,
-            strict=config.data.strict,
-        )
-        tell(problems)
+        try:
+            made[modality], problems = encoding.encode_items(
+                modality,
+                content.raw_id_I,
+                values,
+                known[name](options, values),
+                encoding.READERS["text" if name == "precomputed" else modality],
+                folder=folder,
+                facts=facts,
+                notes={"loaded_from": options.model} if options.model else {},
+                dtype=cfg.dtype,
+                strict=config.data.strict,
+            )
+            tell(problems)
+        except encoding.Refused as error:
+            refused.append(str(error))
+    if refused:
+        raise encoding.Refused("; ".join(refused))
     return made
 
 
