@@ -336,10 +336,9 @@ def align_stage(context: Context) -> Space:
         stein_items=cfg.stein_items,
         seed=seed,
     )
-    _, per_epoch = make_source(steps=1)
+    one, per_epoch = make_source(steps=1)
     steps = max(1, round(cfg.epochs * per_epoch)) if cfg.epochs else 0  # 0: the encoder as it was drawn
-    source, _ = make_source(steps=max(1, steps))
-    template = init_variables(encoder, (), jax.random.key(seed), source[0], tables)["params"]
+    template = init_variables(encoder, (), jax.random.key(seed), one[0], tables)["params"]
     key = fingerprint("alignment", loaded.fingerprint, to_json(cfg), seed)
 
     def build(folder: pathlib.Path) -> None:
@@ -349,8 +348,10 @@ def align_stage(context: Context) -> Space:
         def evaluate(params: PyTree, statistics: PyTree) -> dict[str, float]:
             return {name: float(value) for name, value in alignment.diagnostics(encoder, params, tables, items).items()}
 
+        lifted = alignment.lifted_step(encoder, weights, settings, config.training.sharding)
+        source, _ = make_source(steps=max(1, steps), own=lifted.own)
         fitted = loop.fit(
-            alignment.lifted_step(encoder, weights, settings, config.training.sharding),
+            lifted,
             init_state(template, {}, adamw(settings), seed=seed),
             batches.iterate(source),
             tables,
@@ -367,7 +368,7 @@ def align_stage(context: Context) -> Space:
         checkpoint.save_params(folder / "params", fitted.params)
         files.write_json(folder / "diagnostics.json", fitted.evaluations)
 
-    folder = stages(f"alignment-seed{seed}", key, build)
+    folder = stages.together(f"alignment-seed{seed}", key, build)
     loop.forget(folder)
     return Space(encoder, jax.device_put(checkpoint.load_params(folder / "params", template)), tables, key)
 
@@ -494,8 +495,9 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
             "augmentation": treatment.augmentation,
             "inputs": treated_inputs(context, treatment),
         }
+        lifted = objective.lifted_step(model, settings, config.training.sharding, treatment.objective)
         source, per_epoch = batches.ctr_source(
-            events, shown, train_E, epochs=cfg.epochs, seed=seed, viewing=treatment.viewing, **gather
+            events, shown, train_E, epochs=cfg.epochs, seed=seed, viewing=treatment.viewing, own=lifted.own, **gather
         )
 
         def score(params: PyTree, statistics: PyTree, row_R: np.ndarray) -> np.ndarray:
@@ -518,7 +520,7 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
             return {name: value for name, value in values.items() if math.isfinite(value)}
 
         fitted = loop.fit(
-            objective.lifted_step(model, settings, config.training.sharding, treatment.objective),
+            lifted,
             init_state(template["params"], template["statistics"], adamw(settings), seed=seed),
             batches.iterate(source),
             tables,
@@ -550,7 +552,7 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
             lent=lent_R,
         )
 
-    folder = stages(f"{method}-seed{seed}", key, build)
+    folder = stages.together(f"{method}-seed{seed}", key, build)
     loop.forget(folder)
     score_E, lent_E = np.zeros(len(rows.user_E), np.float32), np.zeros(len(rows.user_E), np.int64)
     with np.load(folder / "scores.npz") as arrays:
