@@ -24,6 +24,7 @@ from marsjax.configuration import check_choices, fingerprint, override, to_json
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
 from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
+from marsjax.ctr.touched import TABLES, check_tables, rows_of_users, touch, touched_score, touched_step
 from marsjax.data import batches
 from marsjax.data.content import unused_files
 from marsjax.data.permutation import permute_features, permute_labels
@@ -141,6 +142,7 @@ def check(config: ConfigDict) -> None:
             "ctr.backbone": BACKBONES,
             "ctr.inputs": INPUTS,
             "ctr.activation": ("prelu", "dice"),
+            "ctr.tables": TABLES,
             "training.sharding": ("pmap", "shard_map", "single"),
             "evaluation.methods": METHODS,
             "export.method": METHODS,
@@ -166,6 +168,7 @@ def check(config: ConfigDict) -> None:
     ):
         if not low <= value <= high:
             raise ValueError(f"config.{key} expects a number from {low:g} to {high:g}, got {value}")
+    check_tables(config.ctr.tables, config.ctr, sharding=config.training.sharding)
     later = [name for name in config.evaluation.methods if METHODS[name].posterior]
     if config.augmentation.time_safe and later:
         raise ValueError(
@@ -495,16 +498,33 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
             "augmentation": treatment.augmentation,
             "inputs": treated_inputs(context, treatment),
         }
-        lifted = objective.lifted_step(model, settings, config.training.sharding, treatment.objective)
-        source, per_epoch = batches.ctr_source(
-            events, shown, train_E, epochs=cfg.epochs, seed=seed, viewing=treatment.viewing, own=lifted.own, **gather
-        )
+        step_of = model, settings, config.training.sharding, treatment.objective
+        make_source = functools.partial(
+            batches.ctr_source, events, shown, train_E, epochs=cfg.epochs, seed=seed, viewing=treatment.viewing,
+            **gather,
+        )  # fmt: skip
+        if cfg.tables == "dense":
+            lifted = objective.lifted_step(*step_of)
+            source, per_epoch = make_source(own=lifted.own)
+            served: Any = batches.iterate(source)
+        else:
+            lifted = touched_step(*step_of, apart=cfg.tables == "sharded")
+            source, per_epoch = make_source()
+            rows_of = {"n_items": sizes["n_items"], "n_users": rows_of_users(model)}
+            renumbered = batches.BatchSource(
+                lambda index: batches.cut(touch(source[index], **rows_of), lifted.own), len(source)
+            )
+            served = batches.iterate(renumbered)
 
         def score(params: PyTree, statistics: PyTree, row_R: np.ndarray) -> np.ndarray:
             evaluation = batches.evaluation_batches(events, shown, row_R, **gather)
             score_R = np.empty(len(row_R), np.float32)
-            params, statistics, placed = jax.device_put((params, statistics, tables))
-            score_R[evaluation.order_R] = objective.score(model, params, statistics, placed, evaluation.batches())
+            if cfg.tables == "dense":
+                params, statistics, placed = jax.device_put((params, statistics, tables))
+                found_R = objective.score(model, params, statistics, placed, evaluation.batches())
+            else:
+                found_R = touched_score(model, params, statistics, tables, evaluation.batches())
+            score_R[evaluation.order_R] = found_R
             return score_R
 
         def evaluate(params: PyTree, statistics: PyTree) -> dict[str, float]:
@@ -522,7 +542,7 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
         fitted = loop.fit(
             lifted,
             init_state(template["params"], template["statistics"], adamw(settings), seed=seed),
-            batches.iterate(source),
+            served,
             tables,
             schedule=loop.Schedule(
                 steps=len(source),

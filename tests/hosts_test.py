@@ -46,7 +46,7 @@ def start_both(folder, *, second=None, **changes):
 
 def finish(*processes):
     outputs = [process.communicate(timeout=400)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
+    for process, _ in zip(processes, outputs, strict=True):
         assert process.returncode == 0, "\n".join(outputs)
     return outputs
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 import grain.python as grain
+import jax
 import numpy as np
 
 from marsjax.data.histories import feedback, gather_histories, length_bounds, own_tails
@@ -70,7 +71,7 @@ def cut(batch: Batch, own: Own) -> Batch:
             return leaf
         return pad_to(rows.stop - rows.start, leaf[rows], leaf.dtype.type)
 
-    return type(batch)(*(None if leaf is None else part(leaf) for leaf in batch))  # type: ignore[attr-defined,call-arg]
+    return jax.tree.map(part, batch)
 
 
 def history_lengths(
