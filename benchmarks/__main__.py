@@ -30,6 +30,7 @@ BENCHMARKS = {
         "how fast is a training step of a DIN, and an epoch, against FuxiCTR's?", ("--epoch",),
         ("--batches=512", "--histories=50", "--activations=prelu", "--turns=3", "--alone"),
     ),
+    "stein": Benchmark("how fast is the Stein score, against a naive one, SSGE and what the machine allows?"),
     "retrieval": Benchmark(
         "how fast and how right are retrieval and borrowing, against faiss and hnswlib?",
         quick=("--quick", "--alone"),
