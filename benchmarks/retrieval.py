@@ -410,11 +410,12 @@ def augment(lent: Lending, index: Any, planted: Planted, *, donors: int, cap: in
     from marsjax import retrieval
     from marsjax.augmentation import mars
     from marsjax.data.batches import ctr_batch
-    from marsjax.embeddings import donor_vectors
+    from marsjax.embeddings import donor_units
     from marsjax.records import Augmentation
 
     neighbours = retrieval.search(index, planted.query_QD, k=donors)
-    vectors = donor_vectors("static", None, None, None, lent.donors.item_PL, lent.item_ND)  # type: ignore[arg-type]
+    of_items = lent.donors.item_PL, lent.item_ND, lent.centre_D
+    vectors = donor_units("static", None, None, None, *of_items)  # type: ignore[arg-type]
     candidates = mars.borrow(
         lent.donors, neighbours, planted.query_QD, vectors, strategy="filter", theta=None, theta_quantile=THETA,
         centre_D=lent.centre_D,

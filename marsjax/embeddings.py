@@ -101,17 +101,26 @@ def contextual_vectors(
     )
 
 
-def donor_vectors(
+def units(vector_XD: np.ndarray, centre_D: np.ndarray) -> np.ndarray:
+    """Vectors [..., D] less the centre, of length 1, float32; what has no length stays 0. For cosines, Eq. 16."""
+    moved_XD = vector_XD - centre_D.astype(vector_XD.dtype)
+    length_X = np.sqrt(np.einsum("...d,...d->...", moved_XD, moved_XD))
+    moved_XD /= np.maximum(length_X, 1e-12)[..., None]
+    return moved_XD
+
+
+def donor_units(
     kind: str,
     encoder: MultimodalEncoder,
     params: PyTree,
     tables: FeatureTables,
     item_PL: np.ndarray,
     item_ND: np.ndarray,
+    centre_D: np.ndarray,
     *,
     most_bytes: int = 1 << 30,
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Item vectors of donors for Eq. 16, as a function of positions [X] among them -> [X, L, D].
+    """Item vectors of donors for Eq. 16, as `units` makes them, as a function of positions [X] among them -> [X, L, D].
 
     Contextual ones are all made before where they take little memory (`most_bytes`), and else when they are asked for:
     those of a million donors take more than most machines have.
@@ -121,15 +130,18 @@ def donor_vectors(
         item_PL: the donors' histories.
     """
     if kind == "static":
-        return lambda position_X: item_ND[item_PL[position_X]]
+        unit_ND = units(item_ND, centre_D)
+        return lambda position_X: unit_ND[item_PL[position_X]]
     if kind != "contextual":
         raise ValueError(f"augmentation.vectors: expected contextual or static, found {kind!r}")
     if item_PL.size * encoder.width * 4 > most_bytes:
         # Small parts: one that is asked for a few donors is padded with few.
-        return lambda position_X: contextual_vectors(encoder, params, tables, item_PL[position_X], size=16)
+        return lambda position_X: units(
+            contextual_vectors(encoder, params, tables, item_PL[position_X], size=16), centre_D
+        )
     with progress("donor item vectors", len(item_PL)) as advance:
-        vector_PLD = contextual_vectors(encoder, params, tables, item_PL, advance=advance)
-    return lambda position_X: vector_PLD[position_X]
+        unit_PLD = units(contextual_vectors(encoder, params, tables, item_PL, advance=advance), centre_D)
+    return lambda position_X: unit_PLD[position_X]
 
 
 @functools.partial(jax.jit, static_argnums=0)

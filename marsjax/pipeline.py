@@ -426,7 +426,7 @@ def augment_stage(context: Context, space: Space, vectors: Embeddings) -> Donati
                 donors,
                 neighbours,
                 query_QD,
-                embeddings.donor_vectors(config.augmentation.vectors, *encode, donors.item_PL, vectors.item_ND),
+                embeddings.donor_units(config.augmentation.vectors, *encode, donors.item_PL, vectors.item_ND, centre_D),
                 strategy=config.augmentation.strategy,
                 theta=config.augmentation.theta,
                 theta_quantile=config.augmentation.theta_quantile,

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from marsjax import embeddings
 from marsjax.augmentation import controls, mars
 from marsjax.augmentation.donors import find_donors
 from marsjax.augmentation.queries import make_queries
@@ -37,7 +38,7 @@ def run(case, strategy, *, theta=None, theta_quantile=None, centre=0.0):
         donors,
         neighbours,
         query_QD,
-        lambda position_X: vector_PLD[position_X],
+        lambda position_X: embeddings.units(vector_PLD, np.full(D, centre, np.float32))[position_X],
         strategy=strategy,
         theta=theta,
         theta_quantile=theta_quantile,

@@ -87,7 +87,20 @@ def test_item_vectors_are_histories_of_one(space):
         np.testing.assert_allclose(found_ND[item], alone(space, np.int32([item]))[1], atol=2e-6)
 
 
-def test_donor_vectors_in_their_context_or_alone(space):
+def test_units_are_moved_and_of_length_one():
+    vector_XYD = np.random.default_rng(0).normal(size=(2, 3, D)).astype(np.float32)
+    centre_D = np.arange(D, dtype=np.float32)
+    vector_XYD[1, 2] = centre_D  # no length is left
+    before = vector_XYD.copy()
+    unit_XYD = embeddings.units(vector_XYD, centre_D)
+    np.testing.assert_array_equal(vector_XYD, before)
+    for x, y in np.ndindex(2, 3):
+        moved_D = vector_XYD[x, y] - centre_D
+        expected_D = moved_D / np.linalg.norm(moved_D) if (x, y) != (1, 2) else 0 * moved_D
+        np.testing.assert_allclose(unit_XYD[x, y], expected_D, atol=1e-6)
+
+
+def test_donor_units_in_their_context_or_alone(space):
     """Contextual vectors are those of the donor's own history, static ones those of the table; the two differ."""
     past = histories()
     item_PL = np.zeros((3, 20), np.int32)
@@ -95,30 +108,32 @@ def test_donor_vectors_in_their_context_or_alone(space):
         item_PL[row, : LENGTHS[user]] = past.item_H[past.start_U1[user] :][: LENGTHS[user]]
     item_ND = embeddings.item_vectors(*space, n_items=N, size=16)
     position_X = np.array([2, 0, 2])
+    centre_D = np.full(D, 0.01, np.float32)
     contextual, static = (
-        embeddings.donor_vectors(kind, *space, item_PL, item_ND)(position_X) for kind in ("contextual", "static")
+        embeddings.donor_units(kind, *space, item_PL, item_ND, centre_D)(position_X)
+        for kind in ("contextual", "static")
     )
-    np.testing.assert_array_equal(static, item_ND[item_PL[position_X]])
+    np.testing.assert_allclose(static, embeddings.units(item_ND[item_PL[position_X]], centre_D), atol=1e-6)
     for row, position in enumerate(position_X):
         length = LENGTHS[2 + position]
         history = item_PL[position, :length]
-        np.testing.assert_allclose(contextual[row, :length], alone(space, history)[0], atol=2e-6)
-        np.testing.assert_array_equal(contextual[row, length:], 0)
-        np.testing.assert_array_equal(static[row, length:], 0)
+        expected_LD = embeddings.units(np.asarray(alone(space, history)[0]), centre_D)
+        np.testing.assert_allclose(contextual[row, :length], expected_LD, atol=2e-5)
         assert np.abs(contextual[row, :length] - static[row, :length]).max() > 0.01
     with pytest.raises(ValueError, match="contextual or static.*found 'both'"):
-        embeddings.donor_vectors("both", *space, item_PL, item_ND)
+        embeddings.donor_units("both", *space, item_PL, item_ND, centre_D)
 
 
 def test_many_donors_are_embedded_when_they_are_asked_for(space, monkeypatch):
     item_PL = np.random.default_rng(0).integers(1, N, (5, 7)).astype(np.int32)
     position_X, asked = np.array([3, 0]), []
-    before = embeddings.donor_vectors("contextual", *space, item_PL, np.zeros((N, D), np.float32))
+    given = np.zeros((N, D), np.float32), np.full(D, 0.01, np.float32)
+    before = embeddings.donor_units("contextual", *space, item_PL, *given)
     made = embeddings.contextual_vectors
     monkeypatch.setattr(
-        embeddings, "contextual_vectors", lambda *given, **named: asked.append(len(given[3])) or made(*given, **named)
+        embeddings, "contextual_vectors", lambda *of, **named: asked.append(len(of[3])) or made(*of, **named)
     )
-    later = embeddings.donor_vectors("contextual", *space, item_PL, np.zeros((N, D), np.float32), most_bytes=0)
+    later = embeddings.donor_units("contextual", *space, item_PL, *given, most_bytes=0)
     assert not asked
     np.testing.assert_allclose(later(position_X), before(position_X), atol=2e-6)
     assert asked == [2]

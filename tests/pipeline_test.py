@@ -364,11 +364,11 @@ def test_manifest_that_was_changed_is_refused(exported, tmp_path, change):
     if change == "cap":
         manifest["config"]["ctr"]["cap"] = 2
     manifest = {"format": 1} if change == "format" else manifest
-    manifest = {"format": 3} if change == "sum" else manifest
+    manifest = {"format": 4} if change == "sum" else manifest
     if change == "counts":
         del manifest["counts"]
     path.write_text(json.dumps(manifest))
-    expected = "bundle of format 3, found 1" if change == "format" else "content of sha256"
+    expected = "bundle of format 4, found 1" if change == "format" else "content of sha256"
     with pytest.raises(ValueError, match=f"manifest.json: expected a {expected}.*export it again"):
         serving.load_bundle(tmp_path / "bundle")
 
@@ -632,7 +632,7 @@ def test_unknown_history_items_are_counted(exported, caplog):
 def test_bundles_never_change(exported, workdir):
     with pytest.raises(ValueError, match="does not exist yet"):
         commands.export(small_config(), workdir, output=exported)
-    assert serving.load_bundle(exported).manifest["format"] == 3
+    assert serving.load_bundle(exported).manifest["format"] == 4
 
 
 @pytest.mark.parametrize(

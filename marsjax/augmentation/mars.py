@@ -24,17 +24,16 @@ class Candidates(NamedTuple):
     kept_QS: np.ndarray  # [Q, S] bool
 
 
-def cosine(vector_BSD: jax.Array, query_BD: jax.Array, centre_D: jax.Array) -> jax.Array:
+def cosine(unit_BSD: jax.Array, query_BD: jax.Array, centre_D: jax.Array) -> jax.Array:
     """Eq. 16, [B, S]: cosine of each item with the query user, both moved by `centre_D` (zeros: the literal Eq. 16).
 
     Mean-pooled vectors share a large common part and their cosines bunch near 1; moving by the mean of the donors'
-    vectors spreads them.
+    vectors spreads them. Items come moved and of length 1 (`embeddings.units`): theirs are the same for all who ask,
+    and working out the lengths would be most of the work here.
     """
-    vector_BSD = vector_BSD - centre_D[None, None, :]
     query_BD = query_BD - centre_D[None, :]
-    dot_BS = jnp.einsum("bsd,bd->bs", vector_BSD, query_BD)
-    norm_BS = jnp.sqrt(jnp.sum(vector_BSD**2, axis=-1) * jnp.sum(query_BD**2, axis=-1)[:, None])
-    return dot_BS / jnp.maximum(norm_BS, 1e-12)
+    length_B = jnp.sqrt(jnp.sum(query_BD**2, axis=-1))
+    return jnp.einsum("bsd,bd->bs", unit_BSD, query_BD / jnp.maximum(length_B, 1e-12)[:, None])
 
 
 def threshold(
@@ -138,7 +137,7 @@ def drop_repeats(item_BS: jax.Array, kept_BS: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("keep", "theta", "theta_quantile"))
 def select(
     item_BKL: Array,
-    vector_BKLD: Array,
+    unit_BKLD: Array,
     query_BD: Array,
     centre_D: Array,
     *,
@@ -149,7 +148,7 @@ def select(
     """Similarities [B, S] (Eq. 16) and what is kept [B, S] (Eq. 17 or another rule), compiled for one shape."""
     n, k, length = item_BKL.shape
     valid_BKL = item_BKL > 0
-    similarity_BS = cosine(vector_BKLD.reshape(n, k * length, -1), query_BD, centre_D)
+    similarity_BS = cosine(unit_BKLD.reshape(n, k * length, -1), query_BD, centre_D)
     theta_B = threshold(similarity_BS, valid_BKL.reshape(n, -1), value=theta, quantile=theta_quantile)
     kept_BKL = keep(similarity_BS.reshape(n, k, length), valid_BKL, theta_B)
     return similarity_BS, drop_repeats(item_BKL.reshape(n, -1), kept_BKL.reshape(n, -1))
@@ -170,7 +169,7 @@ def borrow(
     donors: Donors,
     neighbours: Neighbours,
     query_QD: np.ndarray,
-    vectors: Callable[[np.ndarray], np.ndarray],
+    units: Callable[[np.ndarray], np.ndarray],
     *,
     strategy: str,
     theta: float | None,
@@ -184,10 +183,11 @@ def borrow(
     Args:
         neighbours: donors of each query, [Q, K], the most similar first.
         query_QD: user vectors of the queries.
-        vectors: item vectors of donors: positions [X] in `donors` -> [X, L, D], contextual or static.
+        units: item vectors of donors, contextual or static, as `embeddings.units` moves them by `centre_D`: positions
+            [X] in `donors` -> [X, L, D].
         strategy: a key of `STRATEGIES`.
         theta, theta_quantile: one of them is None.
-        centre_D: subtracted from items and queries before the cosine; zeros for the literal Eq. 16.
+        centre_D: subtracted from queries before the cosine; zeros for the literal Eq. 16.
         size: queries at a time; one shape is compiled.
 
     Raises:
@@ -217,13 +217,13 @@ def borrow(
         position_BK = position_QK[row_B]
         item_BKL = np.where(valid_QK[row_B][..., None], donors.item_PL[position_BK], 0)
         unique_X, inverse = np.unique(position_BK, return_inverse=True)
-        vector_BKLD = vectors(unique_X)
+        unit_BKLD = units(unique_X)
         if not np.array_equal(unique_X, position_BK.ravel()):
-            vector_BKLD = vector_BKLD[inverse.reshape(position_BK.shape)]
-        vector_BKLD = vector_BKLD.reshape(*item_BKL.shape, -1)
+            unit_BKLD = unit_BKLD[inverse.reshape(position_BK.shape)]
+        unit_BKLD = unit_BKLD.reshape(*item_BKL.shape, -1)
         similarity_BS, kept_BS = select(
             item_BKL,
-            vector_BKLD,
+            unit_BKLD,
             query_QD[row_B],
             centre_D,
             keep=chosen.keep,

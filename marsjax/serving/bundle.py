@@ -9,7 +9,7 @@ knowledge.npz      rates and counts of likes, and opinions that go together, whe
 features.npz       what the encoder reads of the items
 users.npz          ids, activity groups, vectors, latest histories, what each low-active user borrows
 donors.npz         training histories of the high-active users, and the vector subtracted before a cosine
-donor_vectors.npy  the donors' item vectors in the context of their histories, where Eq. 16 reads these
+donor_units.npy    the donors' item vectors in the context of their histories, where Eq. 16 reads these
 index/             the index over their vectors, less that vector
 """
 
@@ -36,7 +36,7 @@ from marsjax.training import checkpoint
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "usearch")
 MANIFEST = "manifest.json"
 SCORING = "scoring.stablehlo"

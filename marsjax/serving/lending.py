@@ -13,9 +13,10 @@ import numpy as np
 
 from marsjax import files, retrieval
 from marsjax.augmentation import mars
+from marsjax.embeddings import units
 from marsjax.records import Donors
 
-DONORS, VECTORS, INDEX = "donors.npz", "donor_vectors.npy", "index"
+DONORS, UNITS, INDEX = "donors.npz", "donor_units.npy", "index"
 SIZES = (1, 2, 4, 8)  # users whose items are filtered at a time: the smallest shape that holds them is used
 
 
@@ -25,8 +26,10 @@ class Lenders(NamedTuple):
     donors: Donors
     mark_PL: np.ndarray  # [P, L] int8, what the donor thought of the item, as in `CtrBatch.feedback_BL`
     centre_D: np.ndarray  # [D] float32, subtracted before a cosine
-    vector_PLD: np.ndarray | None  # [P, L, D] float32, items in the donors' histories; None: static ones are read
-    item_ND: np.ndarray  # [N, D] float32, static vectors
+    unit_PLD: (
+        np.ndarray | None
+    )  # [P, L, D] float32, `units` of items in the donors' histories; None: static ones are read
+    unit_ND: np.ndarray  # [N, D] float32, `units` of the static vectors
     user_index: retrieval.UserIndex  # over the donors' vectors, less the centre
 
 
@@ -59,7 +62,7 @@ def find_candidates(lenders: Lenders, config: Mapping[str, Any], user_QD: np.nda
         lenders.donors,
         neighbours,
         user_QD.astype(np.float32),
-        item_vectors(lenders),
+        item_units(lenders),
         strategy=lending["strategy"],
         theta=lending["theta"],
         theta_quantile=lending["theta_quantile"],
@@ -68,12 +71,12 @@ def find_candidates(lenders: Lenders, config: Mapping[str, Any], user_QD: np.nda
     )
 
 
-def item_vectors(lenders: Lenders) -> Callable[[np.ndarray], np.ndarray]:
-    """Item vectors of donors at positions [X] -> [X, L, D]."""
-    if lenders.vector_PLD is None:
-        return lambda position_X: lenders.item_ND[lenders.donors.item_PL[position_X]]
-    vector_PLD = lenders.vector_PLD
-    return lambda position_X: np.asarray(vector_PLD[position_X])
+def item_units(lenders: Lenders) -> Callable[[np.ndarray], np.ndarray]:
+    """Item vectors of donors at positions [X] -> [X, L, D], moved and of length 1."""
+    if lenders.unit_PLD is None:
+        return lambda position_X: lenders.unit_ND[lenders.donors.item_PL[position_X]]
+    unit_PLD = lenders.unit_PLD
+    return lambda position_X: np.asarray(unit_PLD[position_X])
 
 
 def lend(lenders: Lenders, config: Mapping[str, Any], user_QD: np.ndarray) -> list[Lent]:
@@ -98,8 +101,8 @@ def write_lenders(folder: pathlib.Path, lenders: Lenders) -> None:
     Raises OSError where the disk is full.
     """
     files.write_arrays(folder / DONORS, **lenders.donors._asdict(), mark_PL=lenders.mark_PL, centre_D=lenders.centre_D)
-    if lenders.vector_PLD is not None:
-        files.write_array(folder / VECTORS, lenders.vector_PLD)
+    if lenders.unit_PLD is not None:
+        files.write_array(folder / UNITS, lenders.unit_PLD)
     retrieval.save_index(lenders.user_index, folder / INDEX)
 
 
@@ -111,6 +114,7 @@ def read_lenders(folder: pathlib.Path, item_ND: np.ndarray) -> Lenders:
     with np.load(folder / DONORS) as arrays:
         donors = Donors(**{name: arrays[name] for name in Donors._fields})
         mark_PL, centre_D = arrays["mark_PL"], arrays["centre_D"]
-    path = folder / VECTORS
-    vector_PLD = np.load(path, mmap_mode="r") if path.is_file() else None
-    return Lenders(donors, mark_PL, centre_D, vector_PLD, item_ND, retrieval.load_index(folder / INDEX))
+    path = folder / UNITS
+    unit_PLD = np.load(path, mmap_mode="r") if path.is_file() else None
+    unit_ND = units(item_ND, centre_D)
+    return Lenders(donors, mark_PL, centre_D, unit_PLD, unit_ND, retrieval.load_index(folder / INDEX))

@@ -171,14 +171,13 @@ def renew_lenders(storage: Storage, model: Model, lenders: Lenders) -> Lenders |
     vector_UD = embed_histories(bundle, model.encoder, histories)
     donor_PD = bundle.users.user_UD[donors.user_P].copy()
     donor_PD[at_X] = vector_UD
-    vector_PLD = lenders.vector_PLD
-    if vector_PLD is not None:
-        vector_PLD = np.array(vector_PLD)
-        vector_PLD[at_X] = embeddings.contextual_vectors(*model.encoder, item_PL[at_X])
+    unit_PLD = lenders.unit_PLD
+    if unit_PLD is not None:
+        unit_PLD = np.array(unit_PLD)
+        vector_XLD = embeddings.contextual_vectors(*model.encoder, item_PL[at_X])
+        unit_PLD[at_X] = embeddings.units(vector_XLD, lenders.centre_D)
     index = retrieval.build_index(donor_PD - lenders.centre_D, donors.user_P)
-    return Lenders(
-        Donors(donors.user_P, item_PL, time_PL), mark_PL, lenders.centre_D, vector_PLD, lenders.item_ND, index
-    )
+    return Lenders(Donors(donors.user_P, item_PL, time_PL), mark_PL, lenders.centre_D, unit_PLD, lenders.unit_ND, index)
 
 
 def _times_and_marks(bundle: Bundle, entries: Sequence[Entry], width: int) -> tuple[np.ndarray, np.ndarray]:
