@@ -195,13 +195,18 @@ def _times_and_marks(bundle: Bundle, entries: Sequence[Entry], width: int) -> tu
     return time_L, mark_L
 
 
+def load_model(root: pathlib.Path, version: str) -> Model:
+    """A version of `root` with its encoder. Raises ValueError where it is damaged or is not there."""
+    bundle = load_bundle(versions.folder_of(root, version))
+    return Model(version, bundle, load_encoder(bundle))
+
+
 def follow(root: pathlib.Path, storage: Storage, model: Model | None) -> Model | None:
     """The published model; users get vectors of a new one again, for it cannot read those of another."""
     current = versions.read_current(root)
     if current is None or (model is not None and model.version == current.version):
         return model
-    bundle = load_bundle(versions.folder_of(root, current.version))
-    made = Model(current.version, bundle, load_encoder(bundle))  # whole, before anything is marked for it
+    made = load_model(root, current.version)  # whole, before anything is marked for it
     name = storage.lookup(NOBODY, FOLLOWED)[1] or b""
     # Else this runner was only started again. A version that was followed before does not do: who changed since has a
     # vector of the version that came between.
@@ -211,7 +216,8 @@ def follow(root: pathlib.Path, storage: Storage, model: Model | None) -> Model |
     # The service may still answer with the version before, and go back to the one that was published before.
     storage.forget_versions([FOLLOWED, current.version, *current.earlier[-1:], name.decode()])
     log.info(
-        "version %s: %d users, %d donors", current.version, len(bundle.users.raw_user_U), len(bundle.lenders.mark_PL)
+        "version %s: %d users, %d donors",
+        current.version, len(made.bundle.users.raw_user_U), len(made.bundle.lenders.mark_PL),
     )
     return made
 
