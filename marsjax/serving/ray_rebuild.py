@@ -36,6 +36,7 @@ def embed_shards(root: pathlib.Path, version: str, shards: Sequence[rebuild.Shar
     Raises ValueError where a shard cannot be embedded.
     """
     ray.init(ignore_reinit_error=True, logging_level=logging.WARNING, log_to_driver=False)
+    ray.data.DataContext.get_current().raise_original_map_exception = True
     listed = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
     done = listed.map_batches(
         Embedder,

@@ -13,6 +13,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -286,11 +287,12 @@ def run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
 
     Raises ValueError where another runner has this folder.
     """
-    with only_one(settings.root):
-        _run(settings, storage, stop)
+    # Beside the loop: histories and vectors are not to wait for a training. Its end is waited for.
+    with only_one(settings.root), futures.ThreadPoolExecutor(1, "training") as aside:
+        _run(settings, storage, stop, aside)
 
 
-def _run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
+def _run(settings: Settings, storage: Storage, stop: threading.Event, aside: futures.Executor) -> None:
     root, turns = settings.root, Turns()
     model: Model | None = None
     joined: bool | None = False
@@ -299,7 +301,11 @@ def _run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
     rebuilt = datetime.date.today()
     events = vectors = 0
     refused: set[str] = set()
+    training: futures.Future[str | None] | None = None
     while not stop.is_set():
+        if training is not None and training.done():
+            training.result()  # what no step may raise ends the runner
+            training = None
         if turns.failed:
             stop.wait(PAUSE)
             turns.failed = False
@@ -330,9 +336,10 @@ def _run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
             renewed = turns.attempt("donors", _publish_lenders, root, storage, model, since)
             lenders = lenders if renewed is None else renewed
         # Histories first: a row is trained with what its user did before.
-        if taken is not None and taken < settings.batch and turns.due("training", settings.train_seconds):
-            turns.attempt(
-                "training", continuation.continue_training, root, storage, model.version, model.bundle,
+        caught_up = taken is not None and taken < settings.batch
+        if caught_up and training is None and turns.due("training", settings.train_seconds):
+            training = aside.submit(
+                turns.attempt, "training", continuation.continue_training, root, storage, model.version, model.bundle,
                 settings.training, embed=functools.partial(embed_histories, model.bundle, model.encoder),
                 keep=settings.keep,
             )  # fmt: skip
