@@ -11,10 +11,9 @@ import sys
 import numpy as np
 import pytest
 
-from marsjax.serving import bundle as serving
 from marsjax.serving import rebuild, runner, versions
 from marsjax.serving.events import Entry, decode_history
-from marsjax.serving.storage import RUNNER, Changed, open_storage
+from marsjax.serving.storage import RUNNER, open_storage
 from marsjax.serving.vectors import decode_vector, digest
 
 
@@ -106,27 +105,45 @@ def test_what_was_stopped_goes_on_with_the_shards_that_are_missing(storage, mode
     assert sums(tmp_path / "stopped") == sums(tmp_path / "whole")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra `ray`: tools/setup ray")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: `tools/setup ray`")
+
+
+@needs_ray
 def test_ray_writes_the_bytes_of_one_process(storage, model, root, tmp_path):
     entries = fill(storage, model)
-    environment = os.environ | {
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1]), "RAY_USAGE_STATS_ENABLED": "0"}
     for workers in (0, 2):
-        command = [sys.executable, "-m", "marsjax.main", "rebuild", f"--root={root}", f"--output={tmp_path / str(workers)}"]
-        flags = ["--config.serving.shards=5", f"--config.serving.workers={workers}"]
-        run = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, check=False)
+        flags = [
+            f"--output={tmp_path / str(workers)}",
+            "--config.serving.shards=5",
+            f"--config.serving.workers={workers}",
+        ]
+        run = subprocess.run(
+            [sys.executable, "-m", "marsjax.main", "rebuild", f"--root={root}", *flags],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
         assert run.returncode == 0, run.stderr
-        assert run.stdout == f"{len(entries)} vectors are in the store; 0 users have gone on since, and are the runner's\n"
+        said = f"{len(entries)} vectors are in the store; 0 users have gone on since, and are the runner's\n"
+        assert run.stdout == said
     assert len(sums(tmp_path / "0")) == 10
     assert sums(tmp_path / "2") == sums(tmp_path / "0")
-    bad = next((tmp_path / "2" / "histories").iterdir())
-    bad.write_text("no history\n")
-    (tmp_path / "2" / "vectors" / model.version / f"{bad.stem}.npz").unlink()
-    run = subprocess.run([*command, *flags], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    assert "expected user and history as JSON, found b'no history" in run.stderr.splitlines()[-1]
+
+
+@needs_ray
+def test_a_worker_of_ray_tells_what_is_wrong_with_a_shard(model, root, tmp_path):
+    from marsjax.serving import ray_rebuild
+
+    (tmp_path / "good").write_text('{"user": "a", "history": []}\n')
+    (tmp_path / "bad").write_text("no history\n")
+    batch = {
+        "source": np.array([str(tmp_path / name) for name in ("good", "bad", "none")]),
+        "target": np.array([str(tmp_path / name) for name in ("good.npz", "bad.npz", "none.npz")]),
+    }
+    found = ray_rebuild.Embedder(str(root), model.version)(batch)
+    assert found["users"].tolist() == [1, 0, 0]
+    assert found["error"][0] == ""
+    assert "bad:1: expected user and history as JSON" in found["error"][1]
+    assert "No such file" in found["error"][2]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="the extra `ray` is here")
@@ -187,8 +204,15 @@ def test_another_version_at_the_end_loads_nothing(storage, model, root, bundle_f
 
 @pytest.mark.parametrize(
     "line",
-    ["{", "[]", '{"user": "u"}', '{"user": 1, "history": []}', '{"user": "u", "history": [1]}', '{"user": "u", "history": 1}'],
-)  # fmt: skip
+    [
+        "{",
+        "[]",
+        '{"user": "u"}',
+        '{"user": 1, "history": []}',
+        '{"user": "u", "history": [1]}',
+        '{"user": "u", "history": 1}',
+    ],
+)
 def test_a_line_that_is_no_history_is_named(model, root, tmp_path, line):
     (tmp_path / "histories").mkdir()
     with pytest.raises(ValueError, match=r"histories: expected shards of histories"):

@@ -478,8 +478,8 @@ while True:
 
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])
 def test_kills_lose_no_acknowledged_event_and_double_none(kind, request, tmp_path):
-    """What the runner does to the store, killed at random moments while events come; `benchmarks/serving_faults.py` kills
-    the whole runner, and more often."""
+    """What the runner does to the store, killed at random moments while events come; `benchmarks/serving_faults.py`
+    kills the whole runner, and more often."""
     url = f"sqlite:{tmp_path}/s.sqlite"
     if kind == "redis":
         import redis

@@ -24,8 +24,17 @@ class Embedder:
         self._model = load_model(pathlib.Path(root), version)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        shards = map(rebuild.Shard, map(str, batch["source"]), map(str, batch["target"]))
-        return {"users": np.array([rebuild.embed_shard(self._model, shard) for shard in shards])}
+        """Embeds shards; what is wrong with one is told in words, which Ray would bury under its own."""
+        users, errors = [], []
+        for source, target in zip(batch["source"], batch["target"], strict=True):
+            count, said = 0, ""
+            try:
+                count = rebuild.embed_shard(self._model, rebuild.Shard(str(source), str(target)))
+            except (ValueError, OSError) as error:
+                said = str(error)
+            users.append(count)
+            errors.append(said)
+        return {"users": np.array(users), "error": np.array(errors)}
 
 
 def embed_shards(root: pathlib.Path, version: str, shards: Sequence[rebuild.Shard], *, workers: int) -> int:
@@ -33,21 +42,19 @@ def embed_shards(root: pathlib.Path, version: str, shards: Sequence[rebuild.Shar
 
     The cluster is the one that RAY_ADDRESS names, else this machine.
 
-    Raises ValueError where a shard cannot be embedded.
+    Raises ValueError where a shard cannot be embedded, and RuntimeError where Ray itself fails.
     """
     ray.init(ignore_reinit_error=True, logging_level=logging.WARNING, log_to_driver=False)
-    ray.data.DataContext.get_current().raise_original_map_exception = True
     listed = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
     done = listed.map_batches(
-        Embedder,
-        fn_constructor_args=(str(root), version),
-        batch_size=1,
-        concurrency=workers,
-        num_cpus=1,
+        Embedder, fn_constructor_args=(str(root), version), batch_size=1, concurrency=workers, num_cpus=1
     )
+    users = 0
     try:
-        return sum(int(row["users"]) for row in done.iter_rows())
-    except ray.exceptions.RayError as error:
-        raise ValueError(f"Ray: expected every shard to be embedded, found {error.cause or error}") from error
+        for row in done.iter_rows():
+            if row["error"]:
+                raise ValueError(str(row["error"]))
+            users += int(row["users"])
     finally:
         ray.shutdown()
+    return users

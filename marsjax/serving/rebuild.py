@@ -1,7 +1,7 @@
 """Vectors of all users anew, in one process or on Ray Data (`ray_rebuild`), without a machine that holds all of them.
 
-histories/00007.jsonl        shards of the users: {"user": ID, "history": [[time, event id, item, label], ...]}, a line each
-vectors/VERSION/00007.npz    raw_user_U [U] str, history_U [U] str (`vectors.digest`), vector_UD [U, D] float32
+histories/00007.jsonl      a line a user, {"user": ID, "history": [[time, event id, item, label], ...]}, by time
+vectors/VERSION/00007.npz   raw_user_U [U] str, history_U [U] str (`vectors.digest`), vector_UD [U, D] float32
 
 A shard is the unit of work. It has a file of its own, which appears whole, so a job that was stopped goes on with the
 shards that are missing; and its bytes follow from the shard and the model alone, so who makes it does not matter.

@@ -218,7 +218,9 @@ def follow(root: pathlib.Path, storage: Storage, model: Model | None) -> Model |
     storage.forget_versions([FOLLOWED, current.version, *current.earlier[-1:], name.decode()])
     log.info(
         "version %s: %d users, %d donors",
-        current.version, len(made.bundle.users.raw_user_U), len(made.bundle.lenders.mark_PL),
+        current.version,
+        len(made.bundle.users.raw_user_U),
+        len(made.bundle.lenders.mark_PL),
     )
     return made
 
