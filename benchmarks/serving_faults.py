@@ -67,7 +67,7 @@ def kills(bundle: Bundle, folder: pathlib.Path, count: int, redis: bool) -> list
             during += storage.backlog(RUNNER) > 0
         stop.set()
         producer.join()
-        with service.process("runner", folder, **settings):
+        with service.process("runner", folder, **(settings | {"lenders_seconds": 0, "batch": 1000})):  # only the rest
             until = time.monotonic() + 600
             while (storage.backlog(RUNNER) or storage.changed(1)) and time.monotonic() < until:
                 time.sleep(0.1)

@@ -6,6 +6,7 @@ Ray sends this class and the names of shards between its own processes; what is 
 from __future__ import annotations
 
 import logging
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -44,7 +45,9 @@ def embed_shards(root: pathlib.Path, version: str, shards: Sequence[rebuild.Shar
 
     Raises ValueError where a shard cannot be embedded, and RuntimeError where Ray itself fails.
     """
-    ray.init(ignore_reinit_error=True, logging_level=logging.WARNING, log_to_driver=False)
+    # Here a processor is what a worker is given, however many there are: one more lists the shards. A cluster has its own.
+    processors = None if "RAY_ADDRESS" in os.environ else workers + 1
+    ray.init(num_cpus=processors, ignore_reinit_error=True, logging_level=logging.WARNING, log_to_driver=False)
     listed = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
     done = listed.map_batches(
         Embedder, fn_constructor_args=(str(root), version), batch_size=1, concurrency=workers, num_cpus=1
