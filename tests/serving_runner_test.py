@@ -411,6 +411,39 @@ def test_histories_and_vectors_do_not_wait_for_a_training(bundle_folder, storage
     assert trained == [1]  # one at a time
 
 
+def test_a_clock_that_steps_back_keeps_no_step_from_its_turn(bundle_folder, storage, model, tmp_path, monkeypatch):
+    """Events of an hour ago, by either clock, become histories, vectors and donors; versions and donors go on."""
+    root, stop, clock = tmp_path / "root", threading.Event(), [0.0]
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + clock[0])
+    donor = str(model.bundle.users.raw_user_U[model.bundle.lenders.donors.user_P[0]])
+    settings = runner.Settings(root, wait=0.01, lenders_seconds=0.1, train_seconds=0, trim_seconds=0.1, rebuild_hour=-1)
+    versions.publish(root, bundle_folder, keep=9)
+    thread = threading.Thread(target=runner.run, args=(settings, storage, stop))
+    thread.start()
+    try:
+        for step in range(3):
+            send(storage, [Event(f"c{step}", donor, name(model, 1 + step), 1.0, 10**6 - 3600 * step)])
+            if step == 2:
+                versions.publish(root, bundle_folder, keep=9)
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                wanted = snapshots.wanted(root)
+                lent = snapshots.load(root, wanted, None).lenders.donors.item_PL[0]
+                if not storage.changed(1) and 1 + step in lent and storage.lookup(donor, wanted.version)[1]:
+                    break
+                time.sleep(0.05)
+            else:
+                pytest.fail(f"nothing went on after the clock had stepped back {step} times")
+            clock[0] -= 3600.0
+    finally:
+        stop.set()
+        thread.join(60)
+    history, vector = storage.lookup(donor, wanted.version)
+    assert decode_vector(vector, width=len(model.bundle.lenders.centre_D)).history == digest(history)
+    assert [entry.id for entry in decode_history(history) if entry.id] == ["c2", "c1", "c0"]
+
+
 def test_what_no_step_may_raise_ends_the_runner(bundle_folder, storage, tmp_path, monkeypatch):
     """The one who started it starts it again; a thread that is dead in a process that lives would never train."""
     monkeypatch.setattr(continuation, "continue_training", lambda *_, **__: 1 / 0)

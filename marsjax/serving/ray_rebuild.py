@@ -45,7 +45,7 @@ def embed_shards(root: pathlib.Path, version: str, shards: Sequence[rebuild.Shar
 
     Raises ValueError where a shard cannot be embedded, and RuntimeError where Ray itself fails.
     """
-    # Here a processor is what a worker is given, however many there are: one more lists the shards. A cluster has its own.
+    # Here a processor is what a worker is given, however many there are, and one more lists the shards.
     processors = None if "RAY_ADDRESS" in os.environ else workers + 1
     ray.init(num_cpus=processors, ignore_reinit_error=True, logging_level=logging.WARNING, log_to_driver=False)
     listed = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
