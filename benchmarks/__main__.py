@@ -30,11 +30,13 @@ BENCHMARKS = {
         "how fast is a training step of a DIN, and an epoch, against FuxiCTR's?", ("--epoch",),
         ("--batches=512", "--histories=50", "--activations=prelu", "--turns=3", "--alone"),
     ),
+    "stein": Benchmark("how fast is the Stein score, against a naive one, SSGE and what the machine allows?"),
     "retrieval": Benchmark(
         "how fast and how right are retrieval and borrowing, against faiss and hnswlib?",
         quick=("--quick", "--alone"),
     ),
     "input_pipeline": Benchmark("how much longer does a step take when its batches are made as it goes?"),
+    "tables": Benchmark("how much faster is a step on the rows that its batch names than on whole tables?"),
     "scale": Benchmark("how do time and memory grow with the users?"),
     "serving_load": Benchmark(
         "how long does a request take, for 1, 8 and 32 clients, and what does augmentation add?",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from marsjax import alignment, cells, embeddings, files, jobs, pipeline, retrieval, study
+from marsjax import alignment, cells, embeddings, files, hosts, jobs, pipeline, retrieval, study
 from marsjax.augmentation import posterior, table
 from marsjax.augmentation.methods import METHODS, opinions
 from marsjax.data import inspection
@@ -59,6 +59,8 @@ def features(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path 
 def run(config: ConfigDict, workdir: pathlib.Path, *, command: str = "marsjax.commands.run(config, workdir)") -> None:
     """All stages for every seed, then the report, which quotes `command`."""
     found = cells.run_cell(config, Stages(workdir), pipeline.load(config, workdir=workdir), command=command)
+    if not hosts.is_first():
+        return
     files.write_json(workdir / "results.json", found)
     files.write_bytes(workdir / "results.md", report.as_markdown(found["rows"], found["comparisons"]).encode())
     say(report.as_table(found["rows"], found["comparisons"]))

@@ -151,6 +151,9 @@ def default_config(preset: str = "mars") -> ConfigDict:
     ctr.apart = False  # pool borrowed items apart from own ones; Eq. 18 makes one sequence of both
     ctr.activation = "prelu"  # prelu, dice
     ctr.user_id = True  # an embedding of the user's id beside the history
+    # A step goes through all rows of users and items (dense), or through those that its batch names (lazy, many times
+    # as fast with a million of them), of which each device may also hold a part (sharded, needs shard_map).
+    ctr.tables = "dense"
     ctr.cap = 200  # longest history; own events survive
     ctr.buckets = (25, 50, 100, 200)  # history lengths that are compiled
     ctr.batch_size = 512

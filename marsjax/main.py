@@ -24,6 +24,7 @@ class Command(NamedTuple):
     details: str
     flags: tuple[str, ...] = ()
     needs_config: bool = True
+    hosts: bool = False  # several processes can do it together
     serves: bool = False  # reads the section `serving` alone, so that the defaults do without a file
 
 
@@ -36,17 +37,17 @@ COMMANDS = {
                         "again only what has changed. `marsjax run` with the same flags does this first.", ("output",)),
     "run": Command("do all stages for every seed and print the table of methods",
                    "Writes results.json and results.md. Stages that --workdir holds finished for the same values "
-                   "and data are skipped; one that was stopped continues."),
+                   "and data are skipped; one that was stopped continues.", hosts=True),
     "reproduce": Command("run the study (the paper's section 4 and more) and write the report",
                          "Writes report.html, report.md and cells/*.json. Cells that are finished are not run again; "
                          "each is every method for every seed, so a part can take hours.",
                          ("quick", "parts", "methods", "processes")),
     "align": Command("train the aligned space; write item and user vectors",
-                     "Writes one embeddings.npz a seed, with item_ND and user_UD."),
+                     "Writes one embeddings.npz a seed, with item_ND and user_UD.", hosts=True),
     "augment": Command("write what every low-active user borrows, as Parquet",
                        "Aligns first where that is not done. Uses the first seed.", ("output",)),
     "train": Command("train and score the CTR model with every method",
-                     "Does what must come before where that is not done; `marsjax run` prints the table."),
+                     "Does what must come before where that is not done; `marsjax run` prints the table.", hosts=True),
     "export": Command("write a bundle that loads anywhere and gives the same scores",
                       "Bundles the model of config.export.method and the first seed, and trains it if need be.",
                       ("output",)),
@@ -114,7 +115,12 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     if command.needs_config and not command.serves:
         keep_compiled(arguments.workdir)
+    together = command.hosts and arguments.coordinator is not None
     try:
+        if together:
+            from marsjax import hosts  # here, as it loads jax
+
+            hosts.join(arguments.coordinator, arguments.num_processes, arguments.process_id)
         commands = importlib.import_module("marsjax.commands")  # here, so that --help answers at once
         positional = (config,) if command.serves else (config, arguments.workdir) if command.needs_config else ()
         flags = {flag: getattr(arguments, flag) for flag in command.flags}
@@ -125,7 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write("marsjax: stopped; run the same command again to continue\n")
         return 130
     except (ValueError, OSError, ImportError) as error:
-        return fail(error, code=1)
+        code = fail(error, code=1)
+        if together:  # those who wait for this process learn of it at once; an orderly end would wait for them
+            sys.stderr.flush()
+            os._exit(code)
+        return code
 
 
 def fail(error: Exception, *, code: int) -> int:
@@ -173,6 +183,14 @@ def make_parser() -> argparse.ArgumentParser:
             sub.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/default"), metavar="DIR",
                              help="results, checkpoints and finished stages (default: %(default)s)")  # fmt: skip
             sub.add_argument("--strict", action="store_true", help="refuse bad rows instead of dropping them")
+        if command.hosts:
+            sub.add_argument(
+                "--coordinator",
+                metavar="HOST:PORT|auto",
+                help="train with other processes: the address of the first one, or what the cluster says",
+            )
+            sub.add_argument("--num_processes", type=int, metavar="N", help="how many they are, with --coordinator")
+            sub.add_argument("--process_id", type=int, metavar="K", help="which of them this is, from 0")
         for flag in command.flags:
             if flag == "quick":
                 sub.add_argument("--quick", action="store_true", help=FLAG_HELP[flag])

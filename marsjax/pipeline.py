@@ -24,6 +24,7 @@ from marsjax.configuration import check_choices, fingerprint, override, to_json
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
 from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
+from marsjax.ctr.touched import TABLES, check_tables, rows_of_users, touch, touched_score, touched_step
 from marsjax.data import batches
 from marsjax.data.content import unused_files
 from marsjax.data.permutation import permute_features, permute_labels
@@ -141,6 +142,7 @@ def check(config: ConfigDict) -> None:
             "ctr.backbone": BACKBONES,
             "ctr.inputs": INPUTS,
             "ctr.activation": ("prelu", "dice"),
+            "ctr.tables": TABLES,
             "training.sharding": ("pmap", "shard_map", "single"),
             "evaluation.methods": METHODS,
             "export.method": METHODS,
@@ -166,6 +168,7 @@ def check(config: ConfigDict) -> None:
     ):
         if not low <= value <= high:
             raise ValueError(f"config.{key} expects a number from {low:g} to {high:g}, got {value}")
+    check_tables(config.ctr.tables, config.ctr, sharding=config.training.sharding)
     later = [name for name in config.evaluation.methods if METHODS[name].posterior]
     if config.augmentation.time_safe and later:
         raise ValueError(
@@ -269,6 +272,7 @@ def encode_stage(
     """
     cfg, folder = config.features, output or workdir / "features"
     made = {}
+    refused: list[str] = []  # by strict reading; all modalities are read before it is told
     content = CONTENTS[config.data.source](config, workdir)
     encoders: dict[str, tuple[str, Mapping[str, Make]]] = {
         "text": (cfg.text, TEXT_ENCODERS), "image": (cfg.image, IMAGE_ENCODERS)
@@ -295,19 +299,24 @@ def encode_stage(
             batch=cfg.batch,
             file=pathlib.Path(file) if file else None,
         )
-        made[modality], problems = encoding.encode_items(
-            modality,
-            content.raw_id_I,
-            values,
-            known[name](options, values),
-            encoding.READERS["text" if name == "precomputed" else modality],
-            folder=folder,
-            facts=facts,
-            notes={"loaded_from": options.model} if options.model else {},
-            dtype=cfg.dtype,
-            strict=config.data.strict,
-        )
-        tell(problems)
+        try:
+            made[modality], problems = encoding.encode_items(
+                modality,
+                content.raw_id_I,
+                values,
+                known[name](options, values),
+                encoding.READERS["text" if name == "precomputed" else modality],
+                folder=folder,
+                facts=facts,
+                notes={"loaded_from": options.model} if options.model else {},
+                dtype=cfg.dtype,
+                strict=config.data.strict,
+            )
+            tell(problems)
+        except encoding.Refused as error:
+            refused.append(str(error))
+    if refused:
+        raise encoding.Refused("; ".join(refused))
     return made
 
 
@@ -330,10 +339,9 @@ def align_stage(context: Context) -> Space:
         stein_items=cfg.stein_items,
         seed=seed,
     )
-    _, per_epoch = make_source(steps=1)
+    one, per_epoch = make_source(steps=1)
     steps = max(1, round(cfg.epochs * per_epoch)) if cfg.epochs else 0  # 0: the encoder as it was drawn
-    source, _ = make_source(steps=max(1, steps))
-    template = init_variables(encoder, (), jax.random.key(seed), source[0], tables)["params"]
+    template = init_variables(encoder, (), jax.random.key(seed), one[0], tables)["params"]
     key = fingerprint("alignment", loaded.fingerprint, to_json(cfg), seed)
 
     def build(folder: pathlib.Path) -> None:
@@ -343,8 +351,10 @@ def align_stage(context: Context) -> Space:
         def evaluate(params: PyTree, statistics: PyTree) -> dict[str, float]:
             return {name: float(value) for name, value in alignment.diagnostics(encoder, params, tables, items).items()}
 
+        lifted = alignment.lifted_step(encoder, weights, settings, config.training.sharding)
+        source, _ = make_source(steps=max(1, steps), own=lifted.own)
         fitted = loop.fit(
-            alignment.lifted_step(encoder, weights, settings, config.training.sharding),
+            lifted,
             init_state(template, {}, adamw(settings), seed=seed),
             batches.iterate(source),
             tables,
@@ -361,7 +371,7 @@ def align_stage(context: Context) -> Space:
         checkpoint.save_params(folder / "params", fitted.params)
         files.write_json(folder / "diagnostics.json", fitted.evaluations)
 
-    folder = stages(f"alignment-seed{seed}", key, build)
+    folder = stages.together(f"alignment-seed{seed}", key, build)
     loop.forget(folder)
     return Space(encoder, jax.device_put(checkpoint.load_params(folder / "params", template)), tables, key)
 
@@ -488,15 +498,33 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
             "augmentation": treatment.augmentation,
             "inputs": treated_inputs(context, treatment),
         }
-        source, per_epoch = batches.ctr_source(
-            events, shown, train_E, epochs=cfg.epochs, seed=seed, viewing=treatment.viewing, **gather
-        )
+        step_of = model, settings, config.training.sharding, treatment.objective
+        make_source = functools.partial(
+            batches.ctr_source, events, shown, train_E, epochs=cfg.epochs, seed=seed, viewing=treatment.viewing,
+            **gather,
+        )  # fmt: skip
+        if cfg.tables == "dense":
+            lifted = objective.lifted_step(*step_of)
+            source, per_epoch = make_source(own=lifted.own)
+            served: Any = batches.iterate(source)
+        else:
+            lifted = touched_step(*step_of, apart=cfg.tables == "sharded")
+            source, per_epoch = make_source()
+            rows_of = {"n_items": sizes["n_items"], "n_users": rows_of_users(model)}
+            renumbered = batches.BatchSource(
+                lambda index: batches.cut(touch(source[index], **rows_of), lifted.own), len(source)
+            )
+            served = batches.iterate(renumbered)
 
         def score(params: PyTree, statistics: PyTree, row_R: np.ndarray) -> np.ndarray:
             evaluation = batches.evaluation_batches(events, shown, row_R, **gather)
             score_R = np.empty(len(row_R), np.float32)
-            params, statistics, placed = jax.device_put((params, statistics, tables))
-            score_R[evaluation.order_R] = objective.score(model, params, statistics, placed, evaluation.batches())
+            if cfg.tables == "dense":
+                params, statistics, placed = jax.device_put((params, statistics, tables))
+                found_R = objective.score(model, params, statistics, placed, evaluation.batches())
+            else:
+                found_R = touched_score(model, params, statistics, tables, evaluation.batches())
+            score_R[evaluation.order_R] = found_R
             return score_R
 
         def evaluate(params: PyTree, statistics: PyTree) -> dict[str, float]:
@@ -512,9 +540,9 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
             return {name: value for name, value in values.items() if math.isfinite(value)}
 
         fitted = loop.fit(
-            objective.lifted_step(model, settings, config.training.sharding, treatment.objective),
+            lifted,
             init_state(template["params"], template["statistics"], adamw(settings), seed=seed),
-            batches.iterate(source),
+            served,
             tables,
             schedule=loop.Schedule(
                 steps=len(source),
@@ -544,7 +572,7 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
             lent=lent_R,
         )
 
-    folder = stages(f"{method}-seed{seed}", key, build)
+    folder = stages.together(f"{method}-seed{seed}", key, build)
     loop.forget(folder)
     score_E, lent_E = np.zeros(len(rows.user_E), np.float32), np.zeros(len(rows.user_E), np.int64)
     with np.load(folder / "scores.npz") as arrays:

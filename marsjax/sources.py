@@ -96,6 +96,7 @@ def _table_content(config: ConfigDict, workdir: pathlib.Path) -> Content:
         fields=columns_of(config.features.template) if config.features.text not in ("", "precomputed") else (),
         image=data.columns.image,
         image_folder=pathlib.Path(data.image_folder) if data.image_folder else None,
+        later={ours: data.columns[ours] for ours in ("title", "categories") if data.columns[ours]},
     )
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable
 
-from marsjax import files
+from marsjax import files, hosts
 from marsjax.provenance import current_commit
 
 log = logging.getLogger(__name__)
 
 SEAL = "done.json"
+SEEN_SECONDS = 60.0  # a disk of the network may show late what another host wrote
 
 
 class Stages:
@@ -38,7 +40,7 @@ class Stages:
         `build` may find checkpoints to continue from. A finished stage whose files no longer match their sums is built
         again. Where another process is building the stage, it is waited for.
         """
-        folder = self.workdir / "stages" / f"{name}-{fingerprint[:12]}"
+        folder = self._folder(name, fingerprint)
         seal = _seal(folder)
         if not self._is_done(folder, name):
             folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +51,45 @@ class Stages:
         done = files.read_json(folder / SEAL)
         self.commits.add(done["commit"])
         return folder
+
+    def together(self, name: str, fingerprint: str, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
+        """As a call, for a stage that all processes must build at the same time, since their devices train together.
+
+        The first one's folder is that of the stage; what the others write is thrown away.
+
+        Raises ValueError where the processes do not read the same data and configuration, or do not share a disk.
+        """
+        if hosts.count() == 1:
+            return self(name, fingerprint, build)
+
+        def announced(folder: pathlib.Path) -> None:
+            hosts.from_first([name, fingerprint])
+            build(folder)
+
+        if hosts.is_first():
+            folder = self(name, fingerprint, announced)
+            hosts.from_first(None)
+            return folder
+        while (asked := hosts.from_first()) is not None:
+            if asked != [name, fingerprint]:
+                raise ValueError(
+                    f"expected all processes to train {asked[0]}, found one that is at {name} or has other data or "
+                    "another configuration; start all of them with the same flags and the same files"
+                )
+            with tempfile.TemporaryDirectory(prefix="marsjax-") as scratch:
+                build(pathlib.Path(scratch))
+        seal, deadline = self._folder(name, fingerprint) / SEAL, time.monotonic() + SEEN_SECONDS
+        while not seal.exists():
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"expected {seal}, which the first process wrote, found none; give all processes the same "
+                    "--workdir on a disk that all hosts share"
+                )
+            time.sleep(0.1)
+        return self(name, fingerprint, build)
+
+    def _folder(self, name: str, fingerprint: str) -> pathlib.Path:
+        return self.workdir / "stages" / f"{name}-{fingerprint[:12]}"
 
     def _is_done(self, folder: pathlib.Path, name: str) -> bool:
         if not (folder / SEAL).exists():

@@ -129,6 +129,21 @@ def test_a_bad_image_is_masked_and_strict_refuses_it(shop, capsys):
     assert "strict reading refuses 1 x broken_image (item p9: not an image of a known kind" in capsys.readouterr().err
 
 
+def test_strict_reading_tells_of_all_modalities_at_once(shop):
+    lines = (shop / "items.csv").read_text().splitlines()
+    (shop / "items.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
+    (shop / "images" / "p9.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"text features: .* duplicate_item .*; image features: .* broken_image"):
+        commands.features(configured(data__strict="true"), shop / "run")
+
+
+@pytest.mark.parametrize("column", ["title", "categories"])
+def test_a_column_that_is_read_later_is_missed_before_the_encoding(shop, column):
+    with pytest.raises(ValueError, match=rf"items.csv: .*{column}.*found item, title, description"):
+        commands.features(configured(**{f"data__columns__{column}": "nmae"}), shop / "run")
+    assert not (shop / "run" / "features").exists()
+
+
 def test_vectors_of_the_user_are_an_encoder(shop):
     np.savez(shop / "mine.npz", id=[f"p{n}" for n in range(20)], embedding=1 + np.eye(20, 5))
     config = configured(features__text="precomputed", features__text_file="mine.npz")

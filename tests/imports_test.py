@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "compilation": set(),
     "data": set(),
     "features": {"data.feature_files", "progress"},  # an array that was made elsewhere is an encoder too
-    "training": {"progress"},
+    "hosts": set(),
+    "training": {"hosts", "progress"},
     "alignment_losses": set(),
     "alignment": {"alignment_losses", "training.optimizer", "training.sharding", "training.step"},
     "embeddings": {"alignment", "data.histories", "progress"},  # embeds with the encoder of the alignment
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
         "embeddings", "evaluation.page", "retrieval", "training",
     },
     "provenance": set(),
-    "stages": {"provenance"},
+    "stages": {"hosts", "provenance"},
     "jobs": {"allocator", "progress"},
     "configuration": set(),
     "defaults": {"data.synthetic"},  # its arguments are configuration keys
@@ -48,11 +49,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cells": {"configuration", "data", "evaluation", "jobs", "pipeline", "provenance", "stages", "study"},
     "commands": {
-        "alignment", "augmentation", "cells", "data", "embeddings", "evaluation", "features", "jobs", "pipeline",
-        "provenance", "retrieval", "serving", "sources", "stages", "study",
+        "alignment", "augmentation", "cells", "data", "embeddings", "evaluation", "features", "hosts", "jobs",
+        "pipeline", "provenance", "retrieval", "serving", "sources", "stages", "study",
     },
     # And the commands, by importlib once the flags are read.
-    "main": {"allocator", "compilation", "configuration", "defaults", "progress"},
+    "main": {"allocator", "compilation", "configuration", "defaults", "hosts", "progress"},
 }  # fmt: skip
 
 # Packages that only the files behind which they are hidden may import.

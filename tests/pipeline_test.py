@@ -26,6 +26,7 @@ from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import _leaves, override
 from marsjax.data.synthetic import make_synthetic
 from marsjax.defaults import default_config
+from marsjax.evaluation import metrics
 from marsjax.records import HIGH, LOW, TEST, Borrowed
 from marsjax.serving import bundle as serving
 from marsjax.serving import scoring
@@ -82,6 +83,24 @@ def test_results_are_written_with_all_methods_and_groups(workdir):
     assert max(auc, key=auc.get) == "best_possible"  # the scores that the data were drawn with
     assert {row["group"] for row in written["rows"]} == {"all", "low", "middle", "high"}
     assert "| mars |" in (workdir / "results.md").read_text()
+
+
+@pytest.mark.parametrize("tables", ["lazy", "sharded"])
+def test_steps_on_few_rows_learn_as_well(tmp_path, tables):
+    """Also with views, whose mask is an item beyond the catalogue."""
+    logloss = {}
+    for name in ("dense", tables):
+        config = small_config(
+            **{"ctr.tables": name, "training.sharding": "shard_map", "evaluation.methods": "base,cl4srec"}
+        )
+        context = pipeline.Context(config, pipeline.load(config), Stages(tmp_path), 0)
+        donation = pipeline.borrow(context)
+        for method in ("base", "cl4srec"):
+            found = pipeline.train_stage(context, donation, method).predictions
+            logloss[method, name] = metrics.logloss(found.label_B, found.score_B)
+    for method in ("base", "cl4srec"):
+        assert logloss[method, tables] != logloss[method, "dense"]
+        assert abs(logloss[method, tables] - logloss[method, "dense"]) < 0.01
 
 
 def test_finished_stages_are_skipped_and_others_are_not(workdir, caplog):

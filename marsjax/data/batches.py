@@ -12,13 +12,20 @@ from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 import grain.python as grain
+import jax
 import numpy as np
 
 from marsjax.data.histories import feedback, gather_histories, length_bounds, own_tails
 from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Inputs, Log, Rows, Viewed, Viewing
 
 Batch = TypeVar("Batch")
+Own = Callable[[int], slice]  # how many rows a batch has -> which of them this process trains on
 IDS = Inputs()
+
+
+def all_rows(size: int) -> slice:
+    """Those of a process that trains alone."""
+    return slice(0, size)
 
 
 class Epoch(NamedTuple):
@@ -53,6 +60,18 @@ def pad_to(size: int, value: np.ndarray, dtype: type) -> np.ndarray:
     out = np.zeros((size, *value.shape[1:]), dtype)
     out[: len(value)] = value
     return out
+
+
+def cut(batch: Batch, own: Own) -> Batch:
+    """The rows of each leaf that `own` names, padded with zero rows."""
+
+    def part(leaf: np.ndarray) -> np.ndarray:
+        rows = own(len(leaf))
+        if rows == slice(0, len(leaf)):
+            return leaf
+        return pad_to(rows.stop - rows.start, leaf[rows], leaf.dtype.type)
+
+    return jax.tree.map(part, batch)
 
 
 def history_lengths(
@@ -255,10 +274,14 @@ def ctr_source(
     augmentation: Augmentation | None = None,
     inputs: Inputs = IDS,
     viewing: Viewing | None = None,
+    own: Own = all_rows,
 ) -> tuple[BatchSource[CtrBatch], int]:
     """Training batches over `epochs` epochs of the rows `row_R`, and the number of batches in one epoch.
 
     With `viewing` batch i has the same rows as without; its views are drawn from (seed, i) alone.
+
+    All processes plan the same batches, and of each a process gathers the rows `own` alone. With `viewing` it gathers
+    the others too, as views of all rows come out of one draw, and gives its own.
     """
     buckets = length_bounds(buckets, cap)
     own_R, extra_R = history_lengths(rows, row_R, cap=cap, augmentation=augmentation)
@@ -274,12 +297,13 @@ def ctr_source(
         plan = epoch_plan(index // per_epoch)
         i = index % per_epoch
         row_B = plan.row_E[plan.start_I1[i] : plan.start_I1[i + 1]]
+        gathered = own(size) if viewing is None else all_rows(size)
         batch = ctr_batch(
             log,
             rows,
-            row_B,
+            row_B[gathered],
             length=int(plan.length_I[i]),
-            size=size,
+            size=gathered.stop - gathered.start,
             cap=cap,
             augmentation=augmentation,
             inputs=inputs,
@@ -288,7 +312,7 @@ def ctr_source(
             return batch
         # 2: a number of its own, which is not 0, since (seed, epoch, 0) would be the seed of an epoch.
         rng = np.random.default_rng(hash_seed(seed, index, 2))
-        return with_views(batch, rows, row_B, viewing, bounds=buckets, cap=cap, rng=rng)
+        return cut(with_views(batch, rows, row_B, viewing, bounds=buckets, cap=cap, rng=rng), own)
 
     return BatchSource(make, per_epoch * epochs), per_epoch
 
@@ -308,6 +332,7 @@ def alignment_source(
     stein_items: int,
     steps: int,
     seed: int,
+    own: Own = all_rows,
 ) -> tuple[BatchSource[AlignmentBatch], int]:
     """Batches of the alignment stage, and the number of batches in one epoch.
 
@@ -316,7 +341,7 @@ def alignment_source(
     event of a user has no history and is no target. An epoch visits every block once.
 
     Stein items are drawn from the distinct items of the batch, at most `stein_items`: an item that repeats would count
-    as a mode of the distribution whose score is estimated.
+    as a mode of the distribution whose score is estimated. So a process gathers all blocks, and gives the rows `own`.
     """
     histories = rows.histories
     train_U = rows.train_length_U
@@ -346,13 +371,14 @@ def alignment_source(
         stein_item_N = np.zeros(stein_items, np.int32)
         stein_item_N[: len(distinct)] = distinct[:stein_items]
 
-        return AlignmentBatch(
+        batch = AlignmentBatch(
             history_BL=pad_to(blocks, history_BL, np.int32),
             target_BT=pad_to(blocks, target_BT, np.int32),
             label_BT=pad_to(blocks, np.where(inside_BT, log.label_E[event_BT], 0), np.float32),
             weight_BT=pad_to(blocks, inside_BT, np.float32),
             stein_item_N=stein_item_N,
         )
+        return cut(batch, own)
 
     return BatchSource(make, steps), per_epoch
 

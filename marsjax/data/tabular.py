@@ -121,6 +121,7 @@ def tabular_content(
     fields: Collection[str],
     image: str = "",
     image_folder: pathlib.Path | None = None,
+    later: Mapping[str, str] | None = None,
 ) -> Content:
     """What the items of a table are encoded from.
 
@@ -128,12 +129,15 @@ def tabular_content(
         item: the column of ids.
         fields: columns that a template names; a list is joined by ", ".
         image: the column of file names in `image_folder`, with or without ending; "" looks for ID.jpg and the like.
+        later: our names -> columns that are read when the log is, and missed now rather than after the encoding.
 
     Raises:
         ValueError: a file, a folder or a column is missing.
         ImportError: pyarrow is not installed.
     """
     table = read_table(items_path, text={item, *fields, *([image] if image else [])})
+    for ours, theirs in (later or {}).items():
+        _need(table, theirs, ours, items_path)
 
     def strings(name: str, ours: str) -> np.ndarray:
         return read_texts(_joined(_need(table, name, ours, items_path), ", "), ours, items_path)

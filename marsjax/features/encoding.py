@@ -48,6 +48,10 @@ READERS = {
 }
 
 
+class Refused(ValueError):
+    """Items that strict reading does not take."""
+
+
 class Made(NamedTuple):
     """The features of one modality."""
 
@@ -81,7 +85,8 @@ def encode_items(
         strict: refuse broken items and repeated ids once all is read; what was encoded stays in the journal.
 
     Raises:
-        ValueError: `strict` and something is broken, no item has a vector, or another process is at work in `folder`.
+        Refused: `strict` and something is broken.
+        ValueError: no item has a vector, or another process is at work in `folder`.
         OSError: the disk is full; what is in the journal stays, and the next run goes on from there.
     """
     folder = pathlib.Path(folder)
@@ -159,7 +164,7 @@ def encode_items(
         problems = _problems(modality, raw_id_I, repeated, missing, broken)
         refused = [problem for problem in problems if strict and problem.action != "kept"]
         if refused:
-            raise ValueError(
+            raise Refused(
                 f"{modality} features: strict reading refuses "
                 + "; ".join(f"{p.occurrences} x {p.kind} ({', '.join(p.where)})" for p in refused)
                 + ". Mend the items, or go without strict to have them left out"

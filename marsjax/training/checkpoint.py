@@ -46,7 +46,9 @@ def open_manager(folder: pathlib.Path, *, keep: int = 2) -> Manager:
     folder.mkdir(parents=True, exist_ok=True)
     for remains in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(remains, ignore_errors=True)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, enable_async_checkpointing=False, create=False, multiprocessing_options=_alone()
+    )
     return Manager(ocp.CheckpointManager(folder, options=options), folder)
 
 
@@ -141,7 +143,7 @@ def save_params(folder: pathlib.Path, params: PyTree) -> None:
     leaves = flatten(params)
     try:
         with files.write_folder(folder) as partial:
-            with ocp.StandardCheckpointer() as writer:
+            with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as writer:
                 writer.save(partial / "arrays", _stored(leaves))
                 writer.wait_until_finished()
             content = {"digest": files.digest_arrays(leaves), "leaves": describe(leaves)}
@@ -172,7 +174,7 @@ def load_params(folder: pathlib.Path, template: PyTree | None = None) -> PyTree:
         raise ValueError(_mismatch(folder, expected, content["leaves"]))
     try:
         empty = _empty(content["leaves"])
-        with ocp.StandardCheckpointer() as reader:
+        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
             restored = reader.restore(folder / "arrays", _stored(empty))
         leaves = {name: np.asarray(restored.get(name, leaf)) for name, leaf in empty.items()}
     except Exception as error:
@@ -186,6 +188,16 @@ def load_params(folder: pathlib.Path, template: PyTree | None = None) -> PyTree:
     if template is None:
         return {name[NUMBER:]: leaf for name, leaf in leaves.items()}
     return unflatten(leaves, template)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Orbax waits for no other process: what is stored is on the host, and whole in each of them."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from marsjax import hosts
 from marsjax.progress import progress
 from marsjax.training import checkpoint
 from marsjax.training.metrics_log import metrics_log
@@ -76,6 +77,8 @@ def fit(
 ) -> Fitted:
     """Trains for `schedule.steps` steps or until validation stands still.
 
+    Of several processes all must call it. The first one evaluates, decides and saves, and tells the others.
+
     Args:
         lifted: the step over devices.
         state: the state before the first step, on the host.
@@ -87,22 +90,25 @@ def fit(
     Raises:
         NonFiniteLoss: the loss of a step is NaN or infinite.
     """
-    manager = checkpoint.open_manager(folder / "checkpoints")
     best = Best(jax.device_get(state.params), jax.device_get(state.statistics))
     best_metric, stale, evaluations = -math.inf, 0, []  # type: float, int, list[dict[str, float]]
-    restored = checkpoint.restore_latest(manager, Saved(jax.device_get(state), best))
-    if restored is not None:
-        saved, meta = restored.state, restored.meta
-        state, best = saved.train, saved.best
+    saved = Saved(jax.device_get(state), best)
+    manager = checkpoint.open_manager(folder / "checkpoints") if hosts.is_first() else None
+    restored = None if manager is None else checkpoint.restore_latest(manager, saved)
+    meta = hosts.from_first(None if restored is None else restored.meta)
+    if meta is not None:
+        state, best = hosts.arrays_from_first(saved if restored is None else restored.state)
         batches.set_state(meta["data"])
         best_metric = -math.inf if meta["best_metric"] is None else meta["best_metric"]
         stale, evaluations = meta["stale"], meta["evaluations"]
-        log.info("%s: continuing after step %d", title, restored.step)
+        log.info("%s: continuing after step %d", title, int(state.step))
     step = int(state.step)
     device_state, device_tables = lifted.replicate(state), lifted.replicate(tables)
     saved_at = time.monotonic()
 
     def save() -> None:
+        if manager is None:
+            return
         meta = {
             "data": batches.get_state(),
             "best_metric": best_metric if math.isfinite(best_metric) else None,
@@ -150,7 +156,8 @@ def fit(
             if due:
                 settle(0)
                 latest = Best(lifted.collect(device_state.params), lifted.collect(device_state.statistics))
-                values = evaluate(*latest) if evaluate is not None else {}
+                # By one process alone: the last digits of two may differ, and their decisions must not.
+                values = hosts.from_first(evaluate(*latest) if evaluate is not None and hosts.is_first() else {})
                 value = values[schedule.metric] if schedule.metric is not None else math.inf
                 if schedule.metric is None or value > best_metric:
                     best, stale = latest, 0

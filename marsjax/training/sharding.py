@@ -1,8 +1,9 @@
-"""Lifts the one-device step over many devices: `jax.pmap`, `jax.shard_map`, or none."""
+"""Lifts the one-device step over the devices of all processes: `jax.pmap`, `jax.shard_map`, or none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,16 +13,21 @@ from marsjax.training.step import StepFn
 
 AXIS = "device"
 PyTree = Any
+Path = tuple[str, ...]
 
 
 class Lifted(NamedTuple):
-    """A step over devices, with the ways in and out. Values given to `step` come from the three functions beside it."""
+    """A step over devices, with the ways in and out. Values given to `step` come from the functions beside it.
+
+    Over several processes each calls all of them, with the same values, save `split`, which it gives its own rows.
+    """
 
     step: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, dict[str, jax.Array]]]
     replicate: Callable[[PyTree], PyTree]  # a host value -> one copy a device
-    split: Callable[[PyTree], PyTree]  # a host batch -> equal parts, padded with zero rows
+    split: Callable[[PyTree], PyTree]  # this process's rows of a batch -> equal parts, padded with zero rows
     collect: Callable[[PyTree], PyTree]  # a replicated value -> the copy of the first device, on the host
-    n_devices: int
+    n_devices: int  # of all processes
+    own: Callable[[int], slice]  # how many rows a batch has -> which of them, padded to equal parts, are this process's
 
 
 def axis_name(mode: str) -> str | None:
@@ -30,20 +36,46 @@ def axis_name(mode: str) -> str | None:
 
 
 def lift(
-    make_step: Callable[[str | None], StepFn], *, mode: str, devices: Sequence[jax.Device] | None = None
+    make_step: Callable[[str | None], StepFn],
+    *,
+    mode: str,
+    devices: Sequence[jax.Device] | None = None,
+    rows: Mapping[Path, int] | None = None,
 ) -> Lifted:
     """Lifts a step made by `make_step(axis_name)`.
 
     `mode` is "pmap", "shard_map" (jax.pmap is in maintenance mode and built on it) or "single" (plain jit on the
     first device). State, batch and tables are donated or kept such that the caller must use the returned state.
 
-    Raises ValueError for another mode.
+    `rows` names leaves of the state and the tables, by the ends of their paths, whose rows the devices share out in
+    place of copies; the numbers are those of the rows, which are padded to equal parts. Only shard_map can do that, in
+    one process.
+
+    Raises ValueError for another mode, for "single" where there are several processes, and for `rows` as above.
     """
-    devices = list(devices or jax.local_devices())
-    modes = {"single": _single, "pmap": _pmap, "shard_map": _shard_map}
+    # In the order of the processes, so that the rows of each are together.
+    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    modes: dict[str, Callable[[StepFn, list[jax.Device]], Lifted]] = {
+        "single": _single,
+        "pmap": _pmap,
+        "shard_map": functools.partial(_shard_map, rows=rows or {}),
+    }
     if mode not in modes:
         raise ValueError(f"sharding: expected one of {sorted(modes)}, found {mode!r}")
+    if mode == "single" and jax.process_count() > 1:
+        raise ValueError(
+            f"training.sharding: expected pmap or shard_map for {jax.process_count()} processes, found single, which "
+            "trains on one device"
+        )
+    if rows and (mode != "shard_map" or jax.process_count() > 1):
+        raise ValueError(f"rows in parts: expected shard_map and one process, found {mode} and {jax.process_count()}")
     return modes[mode](make_step(axis_name(mode)), devices)
+
+
+def rows_at(path: Any, rows: Mapping[Path, Any]) -> Any:
+    """What `rows` has for a leaf at `path`, whatever stands before it there; None for a leaf that it does not name."""
+    names = tuple(str(getattr(key, "name", getattr(key, "key", key))) for key in path)
+    return rows.get(names[-2:], rows.get(names[-1:]))
 
 
 def pad_rows(batch: PyTree, multiple: int) -> PyTree:
@@ -54,6 +86,21 @@ def pad_rows(batch: PyTree, multiple: int) -> PyTree:
         return np.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)) if missing else leaf
 
     return jax.tree.map(pad, batch)
+
+
+def _local(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    return [device for device in devices if device.process_index == jax.process_index()]
+
+
+def _own(devices: list[jax.Device]) -> Callable[[int], slice]:
+    local = _local(devices)
+    first = devices.index(local[0])
+
+    def own(size: int) -> slice:
+        part = -(-size // len(devices))
+        return slice(first * part, (first + len(local)) * part)
+
+    return own
 
 
 def _first_copy(leaf: jax.Array) -> np.ndarray:
@@ -71,12 +118,13 @@ def _single(step: StepFn, devices: list[jax.Device]) -> Lifted:
         return jax.device_put(_host_copy(tree), devices[0])
 
     # A batch goes to the device with the call, which costs a quarter of putting its leaves there one by one.
-    return Lifted(jax.jit(step, donate_argnums=0), put, lambda batch: batch, jax.device_get, 1)
+    return Lifted(jax.jit(step, donate_argnums=0), put, lambda batch: batch, jax.device_get, 1, _own(devices[:1]))
 
 
 def _pmap(step: StepFn, devices: list[jax.Device]) -> Lifted:
-    n = len(devices)
-    by_device = jax.NamedSharding(jax.sharding.Mesh(np.array(devices), (AXIS,)), jax.P(AXIS))
+    local = _local(devices)  # what a process gives to jax.pmap, and gets from it, is on its own devices
+    n = len(local)
+    by_device = jax.NamedSharding(jax.sharding.Mesh(np.array(local), (AXIS,)), jax.P(AXIS))
 
     def replicate(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: jax.device_put(np.broadcast_to(leaf, (n, *np.shape(leaf))), by_device), tree)
@@ -88,24 +136,49 @@ def _pmap(step: StepFn, devices: list[jax.Device]) -> Lifted:
         return jax.tree.map(lambda leaf: _first_copy(leaf)[0], tree)
 
     lifted = jax.pmap(step, axis_name=AXIS, devices=devices, donate_argnums=0)
-    return Lifted(lifted, replicate, split, collect, n)
+    return Lifted(lifted, replicate, split, collect, len(devices), _own(devices))
 
 
-def _shard_map(step: StepFn, devices: list[jax.Device]) -> Lifted:
-    n = len(devices)
+def _shard_map(step: StepFn, devices: list[jax.Device], *, rows: Mapping[Path, int]) -> Lifted:
+    n = len(_local(devices))
     mesh = jax.sharding.Mesh(np.array(devices), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
-    whole, rows = jax.P(), jax.P(AXIS)
+    whole, parts = jax.P(), jax.P(AXIS)
+
+    def put(leaf: Any, spec: jax.P) -> jax.Array:
+        sharding = jax.NamedSharding(mesh, spec)
+        if n == len(devices):
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_process_local_data(sharding, leaf)
+
+    def specs(tree: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(lambda path, _: parts if rows_at(path, rows) else whole, tree)
 
     def replicate(tree: PyTree) -> PyTree:
-        return jax.device_put(_host_copy(tree), jax.NamedSharding(mesh, whole))
+        def one(path: Any, leaf: np.ndarray) -> jax.Array:
+            return put(pad_rows(leaf, n), parts) if rows_at(path, rows) else put(leaf, whole)
+
+        return jax.tree_util.tree_map_with_path(one, _host_copy(tree))
 
     def split(batch: PyTree) -> PyTree:
-        return jax.device_put(pad_rows(batch, n), jax.NamedSharding(mesh, rows))
+        padded = pad_rows(batch, n)
+        if n == len(devices):  # one call for all leaves
+            return jax.device_put(padded, jax.NamedSharding(mesh, parts))
+        return jax.tree.map(lambda leaf: put(leaf, parts), padded)
 
     def collect(tree: PyTree) -> PyTree:
-        return jax.tree.map(_first_copy, tree)
+        def one(path: Any, leaf: jax.Array) -> np.ndarray:
+            n_rows = rows_at(path, rows)
+            return np.asarray(leaf)[:n_rows] if n_rows else _first_copy(leaf)
 
-    # With check_vma=True the gradient of replicated parameters is summed over the devices once more by shard_map
-    # itself, and a step that already sums it would get n times the gradient.
-    lifted = jax.shard_map(step, mesh=mesh, in_specs=(whole, rows, whole), out_specs=(whole, whole), check_vma=False)
-    return Lifted(jax.jit(lifted, donate_argnums=0), replicate, split, collect, n)
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    def lifted(state: PyTree, batch: PyTree, tables: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
+        # With check_vma=True the gradient of replicated parameters is summed over the devices once more by shard_map
+        # itself, and a step that already sums it would get n times the gradient.
+        placed = specs(state)
+        each = jax.shard_map(
+            step, mesh=mesh, in_specs=(placed, parts, specs(tables)), out_specs=(placed, whole), check_vma=False
+        )
+        return each(state, batch, tables)
+
+    return Lifted(jax.jit(lifted, donate_argnums=0), replicate, split, collect, len(devices), _own(devices))
