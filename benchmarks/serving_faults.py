@@ -1,91 +1,51 @@
-"""What faults cost: kills of the runner, swaps under load, and a million events.
+"""What faults cost: kills of the runner, injuries of store, disk and bundles, swaps under load, and a million events.
 
     python -m benchmarks.serving_faults --bundle=BUNDLE --output=benchmarks/results/serving_faults.json
-        [--kills=50] [--swap_seconds=60] [--soak=1000000] [--redis]
+        [--kills=50] [--swap_seconds=60] [--soak=1000000] [--no-outages] [--redis]
 
 kills: `marsjax runner` gets SIGKILL at random moments while events come; afterwards every acknowledged event is in the
     history of its user, once.
+outages: a Redis that is killed and comes again, or answers nobody; a bundle with a flipped byte; donors with a
+    truncated index; a disk that fills (needs root, to mount one). Scores go on, and no acknowledged event is lost.
 swaps: another version every second while clients ask; no request fails, and each answer is what its version says.
 soak: events through stream, histories and vectors in one process; memory at the end beside memory after a tenth.
 
-With --redis, which needs a redis-server on the PATH, kills and soak go through a real Redis.
+With --redis, which needs a redis-server on the PATH, kills, outages and soak go through a real Redis.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import pathlib
 import random
 import resource
-import shutil
-import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from benchmarks import service
+from benchmarks import service, stores
+from benchmarks.outages import outages
 from marsjax.serving import runner, scoring, versions
 from marsjax.serving.bundle import Bundle, continue_bundle, load_bundle, load_encoder
-from marsjax.serving.events import Event, decode_history, encode_event
-from marsjax.serving.storage import RUNNER, Storage, StorageError, open_storage
-
-
-@contextlib.contextmanager
-def stored(folder: pathlib.Path, redis: bool) -> Iterator[str]:
-    """The URL of an empty storage."""
-    if not redis:
-        yield f"sqlite:{folder / 'storage.sqlite'}"
-        return
-    if shutil.which("redis-server") is None:
-        raise SystemExit("--redis: expected a redis-server on the PATH, found none; install Redis")
-    port = service.free_port()
-    flags = ["--port", str(port), "--bind", service.HOST, "--dir", str(folder), "--save", "", "--appendonly", "yes"]
-    server = subprocess.Popen(["redis-server", *flags, "--appendfsync", "always"], stdout=subprocess.DEVNULL)
-    try:
-        yield f"redis://{service.HOST}:{port}/0"
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def opened(url: str) -> Storage:
-    storage = open_storage(url, timeout=30.0, ttl=1e6)
-    for _ in range(100):
-        try:
-            storage.join(RUNNER)
-            return storage
-        except StorageError:
-            time.sleep(0.1)
-    raise SystemExit(f"{url} does not answer")
-
-
-def drawn(bundle: Bundle, rng: random.Random, number: int) -> Event:
-    """An event of a known or a new user; clocks step back at times."""
-    users, names = bundle.users.raw_user_U, bundle.items.raw_id_N
-    user = f"new{rng.randrange(1000)}" if rng.random() < 0.6 else str(users[rng.randrange(len(users))])
-    item = str(names[1 + rng.randrange(len(names) - 1)])
-    return Event(
-        f"e{number}", user, item, float(rng.random() < 0.5), 10**9 + number - (1000 if rng.random() < 0.05 else 0)
-    )
+from marsjax.serving.events import decode_history, encode_event
+from marsjax.serving.storage import RUNNER
 
 
 def kills(bundle: Bundle, folder: pathlib.Path, count: int, redis: bool) -> list[dict[str, Any]]:
     """Few events a user, so that none is cut off a history and all can be looked for."""
     rng, sent, stop = random.Random(0), [], threading.Event()  # type: ignore[var-annotated]
     versions.publish(folder, bundle.folder, keep=1)
-    with stored(folder, redis) as url:
-        storage = opened(url)
+    with stores.stored(folder, redis) as (url, _):
+        storage = stores.opened(url)
         most, allowed = (len(bundle.users.raw_user_U) + 1000) * 3, [0.0]
 
         def produce() -> None:
             while not stop.is_set():
                 if len(sent) < allowed[0]:
-                    batch = [drawn(bundle, rng, len(sent) + i) for i in range(10)]
+                    batch = [stores.drawn(bundle, rng, len(sent) + i) for i in range(10)]
                     storage.append([encode_event(event) for event in batch])
                     sent.extend(batch)  # acknowledged: from here on none may be lost
                 time.sleep(0.005)
@@ -107,7 +67,7 @@ def kills(bundle: Bundle, folder: pathlib.Path, count: int, redis: bool) -> list
             during += storage.backlog(RUNNER) > 0
         stop.set()
         producer.join()
-        with service.process("runner", folder, **settings):
+        with service.process("runner", folder, **(settings | {"lenders_seconds": 0, "batch": 1000})):  # only the rest
             until = time.monotonic() + 600
             while (storage.backlog(RUNNER) or storage.changed(1)) and time.monotonic() < until:
                 time.sleep(0.1)
@@ -183,11 +143,11 @@ def scaled(tree: Any, factor: float) -> Any:
 def soak(bundle: Bundle, folder: pathlib.Path, count: int, redis: bool) -> list[dict[str, Any]]:
     """The loop of the runner without its timers, with vectors for all who change."""
     model, rng, marks = runner.Model("soak", bundle, load_encoder(bundle)), random.Random(0), []
-    with stored(folder, redis) as url:
-        storage, began, done = opened(url), time.monotonic(), 0
+    with stores.stored(folder, redis) as (url, _):
+        storage, began, done = stores.opened(url), time.monotonic(), 0
         embedded, oldest = 0, 0.0
         while done < count:
-            batch = [encode_event(drawn(bundle, rng, done + i)) for i in range(1000)]
+            batch = [encode_event(stores.drawn(bundle, rng, done + i)) for i in range(1000)]
             storage.append(batch)
             while storage.backlog(RUNNER):
                 runner.consume(storage, bundle, count=1000, wait=0.0, most_deliveries=10)
@@ -222,12 +182,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--swap_seconds", type=float, default=60.0)
     parser.add_argument("--soak", type=int, default=1_000_000)
+    parser.add_argument("--outages", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--redis", action="store_true")
     parser.add_argument("--output", type=pathlib.Path)
     arguments = parser.parse_args()
     began, bundle, rows = time.monotonic(), load_bundle(arguments.bundle), []
     parts = {
         "kills": lambda folder: kills(bundle, folder, arguments.kills, arguments.redis) if arguments.kills else [],
+        "outages": lambda folder: outages(bundle, folder, arguments.redis) if arguments.outages else [],
         "swaps": lambda folder: swaps(bundle, folder, arguments.swap_seconds) if arguments.swap_seconds else [],
         "soak": lambda folder: soak(bundle, folder, arguments.soak, arguments.redis) if arguments.soak else [],
     }

@@ -32,6 +32,7 @@ from marsjax.records import (
 )
 from marsjax.serving import bundle as serving
 from marsjax.serving import continuation, knowledge, lending, scoring, versions
+from marsjax.serving import rebuild as sharded
 from marsjax.serving import runner as offline
 from marsjax.serving import storage as storing
 from marsjax.serving.requests import read_requests, write_scores
@@ -323,6 +324,19 @@ def runner(config: ConfigDict, *, root: pathlib.Path | None) -> None:
         offline.run(settings, storage, stop)
     finally:
         storage.close()
+
+
+def rebuild(config: ConfigDict, *, root: pathlib.Path | None, output: pathlib.Path | None) -> None:
+    """Makes vectors of all users in the store anew."""
+    root, output = _given("rebuild", root=root, output=output)
+    cfg, storage = config.serving, _storage(config, root, timeout=30.0)
+    try:
+        written, left = sharded.rebuild(root, storage, output, shards=cfg.shards, workers=cfg.workers)
+    except storing.StorageError as error:
+        raise OSError(f"{error}; run again when the store answers") from error
+    finally:
+        storage.close()
+    say(f"{written} vectors are in the store; {left} users have gone on since, and are the runner's")
 
 
 def say(text: str) -> None:

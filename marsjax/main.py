@@ -65,6 +65,10 @@ COMMANDS = {
     "runner": Command("take events into histories, user vectors, donors and the model",
                       "Beside `marsjax serve`, with the same --root and config.serving.storage.", ("root",),
                       serves=True),
+    "rebuild": Command("make vectors of all users in the store anew, on Ray Data if need be",
+                       "Beside `marsjax runner`. --output keeps histories and vectors in shards; shards that are there "
+                       "are taken as they are, so that a job that was stopped goes on.", ("root", "output"),
+                       serves=True),
 }
 # fmt: on
 FLAG_HELP = {

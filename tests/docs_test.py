@@ -3,11 +3,16 @@
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 
 import numpy as np
+import pytest
+import yaml
 
+from marsjax import main
 from marsjax.augmentation.donors import find_donors
 from marsjax.augmentation.methods import METHODS, Offer
 from marsjax.augmentation.queries import make_queries
@@ -70,6 +75,42 @@ def test_the_user_of_the_units_is_the_one_who_publishes():
     (root,) = set(re.findall(r"--root=(\S+)", text))
     assert f"sudo -u {user} /opt/marsjax/.venv/bin/marsjax publish --bundle=/srv/bundle --root={root}" in text
     assert "DynamicUser" not in text
+
+
+def test_the_commands_of_the_compose_file_are_ones(capsys):
+    """Flags and configuration keys are checked by the program itself; what waits for whom is there."""
+    compose = yaml.safe_load((EXAMPLES / "compose.yaml").read_text())
+    services, started = compose["services"], []
+    for name, service in services.items():
+        program, *words = shlex.split(service.get("command", ""))
+        if program == "marsjax":
+            started.append(words[0])
+            assert main.main([*words, "--help"]) == 0, (name, capsys.readouterr().err)
+        assert set(service.get("depends_on", {})) <= set(services) - {name}
+        volumes = [volume.split(":")[0] for volume in service.get("volumes", [])]
+        assert {volume for volume in volumes if "/" not in volume} <= set(compose["volumes"])
+    assert sorted(started) == ["runner", "serve"]
+    assert main.main(["serve", "--root=x", "--config.serving.storag=y", "--help"]) == 2  # a wrong key would be seen
+    hosts = {re.search(r"redis://(\w+):6379/0", service["command"])[1] for service in services.values() if "marsjax" in
+             service["image"]}  # fmt: skip
+    assert hosts == {"redis"}
+    assert "--appendonly yes --appendfsync always" in services["redis"]["command"]
+
+
+def test_the_units_are_ones(tmp_path, capsys):
+    text = (EXAMPLES / "marsjax@.service").read_text()
+    (command,) = re.findall(r"^ExecStart=(\S+ .*)$", text, re.MULTILINE)
+    for name in ("serve", "runner"):
+        assert main.main([*shlex.split(command.replace("%i", name))[1:], "--help"]) == 0, capsys.readouterr().err
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze")
+    unit = tmp_path / "marsjax@serve.service"  # with a program that is there
+    unit.write_text(text.replace(command.split()[0], sys.executable))
+    run = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    unit.write_text(unit.read_text().replace("Restart=always", "Restart=perhaps"))
+    run = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert "restart specifier" in run.stderr
 
 
 def test_an_audit_that_can_ask_nobody_says_that_it_was_skipped():

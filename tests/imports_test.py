@@ -89,6 +89,7 @@ MADE_OF = {
     "serving/service.py": {"fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client"},
     "serving/measures.py": {"prometheus_client"},
     "serving/redis_storage.py": {"redis"},
+    "serving/ray_rebuild.py": {"ray"},
 }
 
 

@@ -381,6 +381,82 @@ def test_a_step_that_fails_keeps_no_other_from_its_turn(bundle_folder, storage, 
     assert all(0 < tried.count(step) < tried.count("trim") for step in ("donors", "training"))  # once a turn
 
 
+def test_histories_and_vectors_do_not_wait_for_a_training(bundle_folder, storage, model, tmp_path, monkeypatch):
+    root, stop, trains, go_on, trained = tmp_path / "root", threading.Event(), threading.Event(), threading.Event(), []
+
+    def train(*_, **__):
+        trains.set()
+        go_on.wait(120)
+        trained.append(1)
+
+    monkeypatch.setattr(continuation, "continue_training", train)
+    version = versions.publish(root, bundle_folder, keep=2)
+    settings = runner.Settings(root, wait=0.01, lenders_seconds=0.0, train_seconds=0.1, rebuild_hour=-1)
+    thread = threading.Thread(target=runner.run, args=(settings, storage, stop))
+    thread.start()
+    assert trains.wait(60)
+    (event,) = make_events(model.bundle, 1)
+    send(storage, [event])
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not storage.lookup(event.user, version)[1]:
+        time.sleep(0.02)
+    made = storage.lookup(event.user, version)[1]
+    stop.set()
+    time.sleep(0.2)
+    waits = thread.is_alive()  # for the training: its events are in hand
+    go_on.set()
+    thread.join(60)
+    assert made is not None
+    assert waits
+    assert trained == [1]  # one at a time
+
+
+def test_a_clock_that_steps_back_keeps_no_step_from_its_turn(bundle_folder, storage, model, tmp_path, monkeypatch):
+    """Events of an hour ago, by either clock, become histories, vectors and donors; versions and donors go on."""
+    root, stop, clock = tmp_path / "root", threading.Event(), [0.0]
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + clock[0])
+    donor = str(model.bundle.users.raw_user_U[model.bundle.lenders.donors.user_P[0]])
+    settings = runner.Settings(root, wait=0.01, lenders_seconds=0.1, train_seconds=0, trim_seconds=0.1, rebuild_hour=-1)
+    versions.publish(root, bundle_folder, keep=9)
+    thread = threading.Thread(target=runner.run, args=(settings, storage, stop))
+    thread.start()
+    try:
+        for step in range(3):
+            send(storage, [Event(f"c{step}", donor, name(model, 1 + step), 1.0, 10**6 - 3600 * step)])
+            if step == 2:
+                versions.publish(root, bundle_folder, keep=9)
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                wanted = snapshots.wanted(root)
+                lent = snapshots.load(root, wanted, None).lenders.donors.item_PL[0]
+                if not storage.changed(1) and 1 + step in lent and storage.lookup(donor, wanted.version)[1]:
+                    break
+                time.sleep(0.05)
+            else:
+                pytest.fail(f"nothing went on after the clock had stepped back {step} times")
+            clock[0] -= 3600.0
+    finally:
+        stop.set()
+        thread.join(60)
+    history, vector = storage.lookup(donor, wanted.version)
+    assert decode_vector(vector, width=len(model.bundle.lenders.centre_D)).history == digest(history)
+    assert [entry.id for entry in decode_history(history) if entry.id] == ["c2", "c1", "c0"]
+
+
+def test_what_no_step_may_raise_ends_the_runner(bundle_folder, storage, tmp_path, monkeypatch):
+    """The one who started it starts it again; a thread that is dead in a process that lives would never train."""
+    monkeypatch.setattr(continuation, "continue_training", lambda *_, **__: 1 / 0)
+    versions.publish(tmp_path / "root", bundle_folder, keep=2)
+    settings = runner.Settings(tmp_path / "root", wait=0.01, lenders_seconds=0.0, train_seconds=0.1, rebuild_hour=-1)
+    stop = threading.Event()
+    guard = threading.Timer(60, stop.set)
+    guard.start()
+    with pytest.raises(ZeroDivisionError):
+        runner.run(settings, storage, stop)
+    guard.cancel()
+
+
 def test_two_runners_of_one_folder_are_one_too_many(storage, tmp_path):
     stop = threading.Event()
     stop.set()
@@ -435,8 +511,8 @@ while True:
 
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])
 def test_kills_lose_no_acknowledged_event_and_double_none(kind, request, tmp_path):
-    """What the runner does to the store, killed at random moments while events come; `tools/serving_faults` kills the
-    whole runner, and more often."""
+    """What the runner does to the store, killed at random moments while events come; `benchmarks/serving_faults.py`
+    kills the whole runner, and more often."""
     url = f"sqlite:{tmp_path}/s.sqlite"
     if kind == "redis":
         import redis

@@ -469,6 +469,26 @@ def test_bad_requests_are_told_what_is_wrong_and_nothing_of_the_machine(client):
     assert (status, "at most 1048576 bytes" in answer["error"]) == (413, True)
 
 
+def test_what_goes_wrong_inside_is_told_in_the_log_alone(client, bundle, monkeypatch, caplog):
+    """Whatever fails: the store, a file of the page, the engine."""
+    user = low_user(bundle)
+
+    def fail(*_, **__):
+        raise OSError(2, "No such file or directory", "/secret/place/users.npz")
+
+    monkeypatch.setattr(service.people, "find_user", fail)
+    for method, path, body in (
+        ("POST", "/v1/score", {"user": user, "candidates": items(bundle, 2)}),
+        ("POST", "/v1/augment", {"user": user}),
+        ("GET", f"/explain?user={user}", None),
+    ):
+        caplog.clear()
+        assert client.call(method, path, body) == (500, {"error": "the service failed; its log says why"})
+        assert "/secret/place" in caplog.text
+    monkeypatch.undo()
+    assert client.score(user, items(bundle, 2))["version"]
+
+
 def test_bodies_without_a_length_are_limited_too(client):
     connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
     connection.putrequest("POST", "/v1/score")

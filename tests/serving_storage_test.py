@@ -234,6 +234,40 @@ def test_a_user_who_changes_while_a_vector_is_made_stays_marked(opened):
     assert all(isinstance(item, Changed) and item.stamp for item in storage.changed(10))
 
 
+def test_a_clock_that_steps_back_loses_no_change(opened, monkeypatch):
+    """Stamps and not times tell changes apart, and the order in which they wait is all that a clock can spoil."""
+    storage, clock = opened(), [2e9]
+    storage.join(RUNNER)
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    apply(storage, [], {"u": [entry(1)]})
+    before = storage.changed(10)
+    clock[0] -= 3600.0
+    apply(storage, [], {"u": [entry(2)], "v": [entry(3)]})
+    assert {change.user for change in storage.changed(10)} == {"u", "v"}
+    storage.write_vectors("v1", {"u": b"old"}, before)
+    assert {change.user for change in storage.changed(10)} == {"u", "v"}  # u has changed since
+    storage.write_vectors("v1", {"u": b"new", "v": b"new"}, storage.changed(10))
+    assert storage.changed(10) == []
+    assert history(storage, "u") == ["e1", "e2"]
+
+
+def test_users_are_listed_and_touched(opened):
+    storage = opened()
+    storage.join(RUNNER)
+    names = sorted(["ü", "a b", *(f"u{number}" for number in range(2500))])
+    apply(storage, [], {name: [entry(1)] for name in names})
+    assert sorted(set(storage.users())) == names
+    storage.write_vectors("v1", {}, storage.changed(10**6))
+    assert storage.changed(1) == []
+    storage.touch([])
+    storage.touch(["u7", "ü"])
+    (first, second) = storage.changed(10)
+    assert {first.user, second.user} == {"u7", "ü"}
+    assert first.stamp != second.stamp
+    storage.touch_all()
+    assert len(storage.changed(10**6)) == len(names)
+
+
 def test_two_writers_of_one_history_lose_nothing(opened):
     """Reading, merging and writing of one cannot interleave with another's."""
 

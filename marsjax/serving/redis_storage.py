@@ -11,7 +11,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -171,6 +171,11 @@ class RedisStorage:
             found: Any = self._redis.mget([HISTORY + user for user in users]) if users else []
             return list(found)
 
+    def users(self) -> Iterator[str]:
+        with _answering():
+            for key in self._redis.scan_iter(HISTORY + "*", count=1000):
+                yield key.decode().removeprefix(HISTORY)
+
     def changed(self, count: int) -> list[Changed]:
         with _answering():
             found: Any = self._redis.zrange(CHANGED, 0, count - 1, withscores=True)
@@ -190,16 +195,18 @@ class RedisStorage:
                 pipe.eval(FINISH, 2, CHANGED, STAMPS, item.user, item.stamp)
             pipe.execute()
 
-    def touch_all(self) -> None:
+    def touch(self, users: Iterable[str]) -> None:
         with _answering():
             now = time.time()
-            for keys in _chunks(self._redis.scan_iter(HISTORY + "*", count=1000), 1000):
+            for names in _chunks(users, 1000):
                 with self._redis.pipeline(transaction=True) as pipe:
-                    for key in keys:
-                        user = key.decode().removeprefix(HISTORY)
+                    for user in names:
                         pipe.zadd(CHANGED, {user: now}, nx=True)
                         pipe.hset(STAMPS, user, secrets.token_hex(8))
                     pipe.execute()
+
+    def touch_all(self) -> None:
+        self.touch(self.users())
 
     def forget_versions(self, keep: Sequence[str]) -> None:
         # They would expire, but a version may come every few minutes: all that came in `ttl` would be there at once.

@@ -13,6 +13,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -194,13 +195,18 @@ def _times_and_marks(bundle: Bundle, entries: Sequence[Entry], width: int) -> tu
     return time_L, mark_L
 
 
+def load_model(root: pathlib.Path, version: str) -> Model:
+    """A version of `root` with its encoder. Raises ValueError where it is damaged or is not there."""
+    bundle = load_bundle(versions.folder_of(root, version))
+    return Model(version, bundle, load_encoder(bundle))
+
+
 def follow(root: pathlib.Path, storage: Storage, model: Model | None) -> Model | None:
     """The published model; users get vectors of a new one again, for it cannot read those of another."""
     current = versions.read_current(root)
     if current is None or (model is not None and model.version == current.version):
         return model
-    bundle = load_bundle(versions.folder_of(root, current.version))
-    made = Model(current.version, bundle, load_encoder(bundle))  # whole, before anything is marked for it
+    made = load_model(root, current.version)  # whole, before anything is marked for it
     name = storage.lookup(NOBODY, FOLLOWED)[1] or b""
     # Else this runner was only started again. A version that was followed before does not do: who changed since has a
     # vector of the version that came between.
@@ -210,7 +216,10 @@ def follow(root: pathlib.Path, storage: Storage, model: Model | None) -> Model |
     # The service may still answer with the version before, and go back to the one that was published before.
     storage.forget_versions([FOLLOWED, current.version, *current.earlier[-1:], name.decode()])
     log.info(
-        "version %s: %d users, %d donors", current.version, len(bundle.users.raw_user_U), len(bundle.lenders.mark_PL)
+        "version %s: %d users, %d donors",
+        current.version,
+        len(made.bundle.users.raw_user_U),
+        len(made.bundle.lenders.mark_PL),
     )
     return made
 
@@ -279,11 +288,12 @@ def run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
 
     Raises ValueError where another runner has this folder.
     """
-    with only_one(settings.root):
-        _run(settings, storage, stop)
+    # Beside the loop: histories and vectors are not to wait for a training. Its end is waited for.
+    with only_one(settings.root), futures.ThreadPoolExecutor(1, "training") as aside:
+        _run(settings, storage, stop, aside)
 
 
-def _run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
+def _run(settings: Settings, storage: Storage, stop: threading.Event, aside: futures.Executor) -> None:
     root, turns = settings.root, Turns()
     model: Model | None = None
     joined: bool | None = False
@@ -292,7 +302,11 @@ def _run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
     rebuilt = datetime.date.today()
     events = vectors = 0
     refused: set[str] = set()
+    training: futures.Future[str | None] | None = None
     while not stop.is_set():
+        if training is not None and training.done():
+            training.result()  # what no step may raise ends the runner
+            training = None
         if turns.failed:
             stop.wait(PAUSE)
             turns.failed = False
@@ -323,9 +337,10 @@ def _run(settings: Settings, storage: Storage, stop: threading.Event) -> None:
             renewed = turns.attempt("donors", _publish_lenders, root, storage, model, since)
             lenders = lenders if renewed is None else renewed
         # Histories first: a row is trained with what its user did before.
-        if taken is not None and taken < settings.batch and turns.due("training", settings.train_seconds):
-            turns.attempt(
-                "training", continuation.continue_training, root, storage, model.version, model.bundle,
+        caught_up = taken is not None and taken < settings.batch
+        if caught_up and training is None and turns.due("training", settings.train_seconds):
+            training = aside.submit(
+                turns.attempt, "training", continuation.continue_training, root, storage, model.version, model.bundle,
                 settings.training, embed=functools.partial(embed_histories, model.bundle, model.encoder),
                 keep=settings.keep,
             )  # fmt: skip

@@ -8,7 +8,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from marsjax.serving.events import Entry, encode_history, merge, read_history
 from marsjax.serving.storage import ALONE, TRAINER, Changed, Dead, Message, StorageError
@@ -122,6 +122,17 @@ class SqliteStorage:
             )
             return [None if row is None else row[0] for row in rows]
 
+    def users(self) -> Iterator[str]:
+        last = ""
+        while True:  # page by page: a query that stays open keeps the log of writes from being emptied
+            with self._answering() as connection:
+                query = "SELECT user FROM histories WHERE user > ? ORDER BY user LIMIT 1000"
+                found = [user for (user,) in connection.execute(query, (last,))]
+            yield from found
+            if not found:
+                return
+            last = found[-1]
+
     def changed(self, count: int) -> list[Changed]:
         with self._answering() as connection:
             query = "SELECT user, stamp, since FROM changed ORDER BY since LIMIT ?"
@@ -133,6 +144,12 @@ class SqliteStorage:
             connection.executemany("INSERT OR REPLACE INTO vectors VALUES(?, ?, ?)", rows)
             keys = [(item.user, item.stamp) for item in done]
             connection.executemany("DELETE FROM changed WHERE user = ? AND stamp = ?", keys)
+
+    def touch(self, users: Iterable[str]) -> None:
+        now = time.time()
+        with self._writing() as connection:
+            for user in users:
+                self._mark(connection, user, now)
 
     def touch_all(self) -> None:
         with self._writing() as connection:

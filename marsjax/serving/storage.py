@@ -6,7 +6,7 @@ They are one thing because an event is done with only once its effect is durable
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from marsjax.serving.events import Entry
@@ -82,11 +82,17 @@ class Storage(Protocol):
     def histories(self, users: Sequence[str]) -> list[bytes | None]:
         """Histories of users."""
 
+    def users(self) -> Iterator[str]:
+        """All users with a history, once or more often, in any order; also those who come meanwhile, or not."""
+
     def changed(self, count: int) -> list[Changed]:
         """Some users whose vectors are to be made, those who wait longest first."""
 
     def write_vectors(self, version: str, vectors: Mapping[str, bytes], done: Sequence[Changed]) -> None:
         """Writes vectors of a model version; a user who has changed again since stays marked."""
+
+    def touch(self, users: Iterable[str]) -> None:
+        """Marks users as changed."""
 
     def touch_all(self) -> None:
         """Marks all users with a history as changed: a new model needs vectors of them."""
