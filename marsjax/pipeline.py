@@ -22,7 +22,7 @@ from marsjax.augmentation.operators import Mode
 from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import check_choices, fingerprint, override, to_json
 from marsjax.ctr import objective
-from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
+from marsjax.ctr.backbones import BACKBONES, DTYPES, INPUTS, make_backbone
 from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
 from marsjax.data import batches
 from marsjax.data.content import unused_files
@@ -141,6 +141,7 @@ def check(config: ConfigDict) -> None:
             "ctr.backbone": BACKBONES,
             "ctr.inputs": INPUTS,
             "ctr.activation": ("prelu", "dice"),
+            "ctr.dtype": DTYPES,
             "training.sharding": ("pmap", "shard_map", "single"),
             "evaluation.methods": METHODS,
             "export.method": METHODS,

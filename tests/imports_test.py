@@ -49,8 +49,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cells": {"configuration", "data", "evaluation", "jobs", "pipeline", "provenance", "stages", "study"},
     "commands": {
-        "alignment", "augmentation", "cells", "data", "embeddings", "evaluation", "features", "hosts", "jobs", "pipeline",
-        "provenance", "retrieval", "serving", "sources", "stages", "study",
+        "alignment", "augmentation", "cells", "data", "embeddings", "evaluation", "features", "hosts", "jobs",
+        "pipeline", "provenance", "retrieval", "serving", "sources", "stages", "study",
     },
     # And the commands, by importlib once the flags are read.
     "main": {"allocator", "compilation", "configuration", "defaults", "hosts", "progress"},

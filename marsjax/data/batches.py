@@ -70,7 +70,7 @@ def cut(batch: Batch, own: Own) -> Batch:
             return leaf
         return pad_to(rows.stop - rows.start, leaf[rows], leaf.dtype.type)
 
-    return type(batch)(*(None if leaf is None else part(leaf) for leaf in batch))  # type: ignore[attr-defined,call-arg]
+    return type(batch)(*(None if leaf is None else part(leaf) for leaf in batch))  # type: ignore[attr-defined]
 
 
 def history_lengths(
