@@ -232,7 +232,10 @@ def timed(sides: Mapping[str, Workers], arguments: argparse.Namespace) -> dict[s
 
 
 def device_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of each number of devices, and of pmap against shard_map."""
+    """Rows of each number of devices, and of pmap against shard_map.
+
+    Stops where parameters or losses are not those of one device.
+    """
     for length in arguments.lengths:
         work = Work("pmap", arguments.batch, length, arguments.users)
         sides = {"single": Workers([work._replace(mode="single")], devices=1)}
@@ -255,8 +258,8 @@ def device_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         case = f"batch {arguments.batch}, history {length}"
         for count in arguments.counts:
             row = harness.compare(
-                "milliseconds of a training step on host devices that share the cores, under pmap, against plain jit on "
-                "one device", f"{case}, {count} devices", times[f"pmap {count}"], times["single"], "one device",
+                "milliseconds of a training step on host devices that share the cores, pmap, against jit on one device",
+                f"{case}, {count} devices", times[f"pmap {count}"], times["single"], "one device",
                 target=TARGET,
             )  # fmt: skip
             yield row | {
@@ -300,8 +303,9 @@ def dtype_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield {
         "question": "validation AUC after training in bfloat16 against float32, planted data",
         "case": f"{arguments.seeds} seeds", "ours": ours, "other": other, "other_name": "float32",
-        "ratio": ours / other, "target": 1 - WORST_AUC, "met": ours >= other * (1 - WORST_AUC), "turns": arguments.seeds,
-        "auc": found, "note": f"differs by {ours - other:+.4f}; seeds of one type by up to {spread:.4f}",
+        "ratio": ours / other, "target": 1 - WORST_AUC, "met": ours >= other * (1 - WORST_AUC),
+        "turns": arguments.seeds, "auc": found,
+        "note": f"differs by {ours - other:+.4f}; seeds of one type by up to {spread:.4f}",
     }  # fmt: skip
 
 

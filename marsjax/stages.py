@@ -82,8 +82,8 @@ class Stages:
         while not seal.exists():
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"expected {seal}, which the first process wrote, found none; give all processes the same --workdir "
-                    "on a disk that all hosts share"
+                    f"expected {seal}, which the first process wrote, found none; give all processes the same "
+                    "--workdir on a disk that all hosts share"
                 )
             time.sleep(0.1)
         return self(name, fingerprint, build)
