@@ -37,6 +37,8 @@ BENCHMARKS = {
     ),
     "input_pipeline": Benchmark("how much longer does a step take when its batches are made as it goes?"),
     "tables": Benchmark("how much faster is a step on the rows that its batch names than on whole tables?"),
+    "devices": Benchmark("what do more devices cost on the same cores, and what is bfloat16 worth?"),
+    "hosts": Benchmark("what does training over two processes cost, and does it give the parameters of one?"),
     "scale": Benchmark("how do time and memory grow with the users?"),
     "serving_load": Benchmark(
         "how long does a request take, for 1, 8 and 32 clients, and what does augmentation add?",

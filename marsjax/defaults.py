@@ -150,6 +150,7 @@ def default_config(preset: str = "mars") -> ConfigDict:
     ctr.softmax = True  # of DIN's attention over the history
     ctr.apart = False  # pool borrowed items apart from own ones; Eq. 18 makes one sequence of both
     ctr.activation = "prelu"  # prelu, dice
+    ctr.dtype = "float32"  # what the model computes in: float32, bfloat16; parameters and the loss are float32
     ctr.user_id = True  # an embedding of the user's id beside the history
     # A step goes through all rows of users and items (dense), or through those that its batch names (lazy, many times
     # as fast with a million of them), of which each device may also hold a part (sharded, needs shard_map).

@@ -100,6 +100,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"expected no --config.{next(iter(overrides))} without a --config=FILE that it overrides")
     except ValueError as error:
         return fail(error, code=2)
+    together = command.hosts and arguments.coordinator is not None
+    if command.hosts and not together and (arguments.num_processes, arguments.process_id) != (None, None):
+        return fail(ValueError("expected --coordinator beside --num_processes and --process_id, found none"), code=2)
     if arguments.help:
         arguments.parser.print_help()
         if config is not None:
@@ -115,7 +118,6 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     if command.needs_config and not command.serves:
         keep_compiled(arguments.workdir)
-    together = command.hosts and arguments.coordinator is not None
     try:
         if together:
             from marsjax import hosts  # here, as it loads jax
@@ -132,10 +134,14 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (ValueError, OSError, ImportError) as error:
         code = fail(error, code=1)
-        if together:  # those who wait for this process learn of it at once; an orderly end would wait for them
-            sys.stderr.flush()
-            os._exit(code)
+        if together:
+            hosts.leave(code)
         return code
+    except RuntimeError as error:  # of a collective, where another process is gone
+        if not together:
+            raise
+        told = f"{str(error).splitlines()[0]}; where another process ended, start all of them again to continue"
+        hosts.leave(fail(RuntimeError(told), code=1))
 
 
 def fail(error: Exception, *, code: int) -> int:

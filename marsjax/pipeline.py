@@ -22,7 +22,7 @@ from marsjax.augmentation.operators import Mode
 from marsjax.augmentation.queries import make_queries
 from marsjax.configuration import check_choices, fingerprint, override, to_json
 from marsjax.ctr import objective
-from marsjax.ctr.backbones import BACKBONES, INPUTS, make_backbone
+from marsjax.ctr.backbones import BACKBONES, DTYPES, INPUTS, make_backbone
 from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
 from marsjax.ctr.touched import TABLES, check_tables, rows_of_users, touch, touched_score, touched_step
 from marsjax.data import batches
@@ -143,6 +143,7 @@ def check(config: ConfigDict) -> None:
             "ctr.inputs": INPUTS,
             "ctr.activation": ("prelu", "dice"),
             "ctr.tables": TABLES,
+            "ctr.dtype": DTYPES,
             "training.sharding": ("pmap", "shard_map", "single"),
             "evaluation.methods": METHODS,
             "export.method": METHODS,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from marsjax.ctr import din, objective
 from marsjax.ctr.activations import Activation
@@ -75,6 +76,42 @@ ALL = [
     for activation in ("prelu", "dice")
     for user_id, inputs in ((True, "strong"), (False, "ids"))
 ]  # fmt: skip
+
+
+def dtypes_in(jaxpr):
+    """Of what the matrix products read, wherever they stand."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found += [str(value.aval.dtype) for value in equation.invars]
+        for inner in jaxprs_in_params(equation.params):
+            found += dtypes_in(inner)
+    return found
+
+
+@pytest.mark.parametrize("activation", ["prelu", "dice"])
+@pytest.mark.parametrize("backbone", ["din", "dnn"])
+def test_half_precision_multiplies_in_it_and_keeps_float32_around(backbone, activation):
+    """Products read bfloat16, save the projection of the content; parameters, statistics and logits are float32."""
+    half, variables = build(backbone=backbone, activation=activation, dtype="bfloat16")
+    full, same = build(backbone=backbone, activation=activation)
+    jax.tree.map(np.testing.assert_array_equal, variables, same)
+
+    def loss(params, model):
+        share = objective.make_loss(model, axis_name=None)(params, variables["statistics"], batch(), TABLES, None)
+        return share.loss, share
+
+    gradients, shares = {}, {}
+    for name, model in (("half", half), ("full", full)):
+        gradients[name], shares[name] = jax.grad(loss, has_aux=True)(variables["params"], model)
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves((gradients[name], shares[name]))} == {"float32"}
+    np.testing.assert_allclose(shares["half"].loss, shares["full"].loss, rtol=2e-2)
+    assert shares["half"].loss != shares["full"].loss
+    for one, other in zip(*(jax.tree.leaves(gradients[name]) for name in ("half", "full")), strict=True):
+        assert np.linalg.norm(one - other) <= 0.05 * np.linalg.norm(other) + 1e-3
+    read = dtypes_in(jax.make_jaxpr(lambda params: loss(params, half)[0])(variables["params"]).jaxpr)
+    assert read.count("float32") == 2
+    assert read.count("bfloat16") >= 6
 
 
 @pytest.mark.parametrize("changes", ALL)

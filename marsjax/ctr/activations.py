@@ -30,9 +30,10 @@ class Activation(nn.Module):
         last = (1,) * (x.ndim - 1) + (width,)
         alpha = self.param("alpha", nn.initializers.constant(0.25 if self.kind == "prelu" else 0.0), (width,))
         if self.kind == "prelu":
-            return jnp.where(x >= 0, x, alpha.reshape(last) * x)
+            return jnp.where(x >= 0, x, alpha.astype(x.dtype).reshape(last) * x)
         if self.kind != "dice":
             raise ValueError(f"activation: expected 'prelu' or 'dice', found {self.kind!r}")
+        dtype, x = x.dtype, x.astype(jnp.float32)  # sums over all rows have no digits to spare
         mean = self.variable("statistics", "mean", jnp.zeros, (width,))
         variance = self.variable("statistics", "variance", jnp.ones, (width,))
         mean_D, variance_D = mean.value, variance.value
@@ -50,11 +51,14 @@ class Activation(nn.Module):
                 mean.value = self.momentum * mean.value + (1 - self.momentum) * mean_D
                 variance.value = self.momentum * variance.value + (1 - self.momentum) * variance_D
         gate = nn.sigmoid((x - mean_D.reshape(last)) * lax.rsqrt(variance_D + 1e-8).reshape(last))
-        return x * (gate + (1 - gate) * alpha.reshape(last))
+        return (x * (gate + (1 - gate) * alpha.reshape(last))).astype(dtype)
 
 
 class Tower(nn.Module):
-    """Dense layers with an activation between them and one output: [B, F] -> logit [B]."""
+    """Dense layers with an activation between them and one output: [B, F] -> logit [B] float32.
+
+    They compute in the type of what they are given.
+    """
 
     widths: tuple[int, ...]
     kind: str
@@ -63,6 +67,6 @@ class Tower(nn.Module):
     @nn.compact
     def __call__(self, x_BF: jax.Array, weight_B: jax.Array, *, train: bool) -> jax.Array:
         for width in self.widths:
-            x_BF = nn.Dense(width)(x_BF)
+            x_BF = nn.Dense(width, dtype=x_BF.dtype)(x_BF)
             x_BF = Activation(self.kind, self.axis_name)(x_BF, weight_B, train=train)
-        return nn.Dense(1)(x_BF)[:, 0]
+        return nn.Dense(1, dtype=x_BF.dtype)(x_BF)[:, 0].astype(jnp.float32)

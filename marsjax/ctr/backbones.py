@@ -28,6 +28,7 @@ def make_backbone(
         "apart": settings["apart"],
         "tower": tuple(settings["tower"]),
         "activation": settings["activation"],
+        "dtype": settings.get("dtype", "float32"),  # bundles of before have none
     }
     if settings["backbone"] not in BACKBONES:
         raise ValueError(f"ctr.backbone: expected one of {sorted(BACKBONES)}, found {settings['backbone']!r}")
@@ -43,4 +44,5 @@ def _dnn(settings: Mapping[str, Any], shared: dict[str, Any]) -> nn.Module:
 
 
 BACKBONES = {"din": _din, "dnn": _dnn}
+DTYPES = ("float32", "bfloat16")
 INPUTS = ("ids", "strong")  # ids and categories, or also content, feedback and priors

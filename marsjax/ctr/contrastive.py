@@ -35,7 +35,7 @@ def nt_xent(
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity: expected one of {sorted(SIMILARITIES)}, found {similarity!r}")
     # Replaced, not multiplied by 0: a padded row may hold NaN.
-    views = [jnp.where(weight_B[:, None] > 0, view_BD, 0.0) for view_BD in (first_BD, second_BD)]
+    views = [jnp.where(weight_B[:, None] > 0, view_BD, 0.0).astype(jnp.float32) for view_BD in (first_BD, second_BD)]
     if similarity == "cosine":
         # eps inside the root: the norm of a zero row has no gradient otherwise (NaN).
         views = [view_BD * lax.rsqrt(jnp.sum(view_BD**2, axis=1, keepdims=True) + 1e-12) for view_BD in views]

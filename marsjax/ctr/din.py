@@ -32,19 +32,20 @@ class TargetAttention(nn.Module):
 
     @nn.compact
     def __call__(self, target_BD: jax.Array, history_BLD: jax.Array, weight_BL: jax.Array, *, train: bool) -> jax.Array:
-        """Returns [B, L], not normalised; `weight_BL` is 0 where an entry counts in no statistic."""
+        """Returns [B, L] float32, not normalised; `weight_BL` is 0 where an entry counts in no statistic."""
         depth, width = target_BD.shape[1], self.widths[0]
         kernel_4DA = self.param("kernel", nn.initializers.glorot_uniform(), (4 * depth, width))
         bias_A = self.param("bias", nn.initializers.zeros_init(), (width,))
+        kernel_4DA, bias_A = kernel_4DA.astype(history_BLD.dtype), bias_A.astype(history_BLD.dtype)
         of_t_DA, of_h_DA, of_difference_DA, of_product_DA = kernel_4DA.reshape(4, depth, width)
         matrix_BDA = (of_h_DA - of_difference_DA)[None] + target_BD[:, :, None] * of_product_DA[None]
         shift_BA = target_BD @ (of_t_DA + of_difference_DA) + bias_A[None]
         hidden_BLA = jnp.einsum("bld,bda->bla", history_BLD, matrix_BDA) + shift_BA[:, None, :]
         hidden_BLA = Activation(self.activation, self.axis_name)(hidden_BLA, weight_BL, train=train)
         for extra in self.widths[1:]:
-            hidden_BLA = nn.Dense(extra)(hidden_BLA)
+            hidden_BLA = nn.Dense(extra, dtype=history_BLD.dtype)(hidden_BLA)
             hidden_BLA = Activation(self.activation, self.axis_name)(hidden_BLA, weight_BL, train=train)
-        return nn.Dense(1, use_bias=self.bias)(hidden_BLA)[..., 0]
+        return nn.Dense(1, use_bias=self.bias, dtype=history_BLD.dtype)(hidden_BLA)[..., 0].astype(jnp.float32)
 
 
 class Din(nn.Module):
@@ -58,6 +59,7 @@ class Din(nn.Module):
         apart: pool borrowed items apart from the user's own, by the same attention. Together (Eq. 18) a few own items
             may drown among many borrowed ones; apart, only rows that borrow train the tower's use of them.
         activation: "prelu" or "dice", in the attention and in the tower.
+        dtype: what is computed in, float32 or bfloat16. Parameters, softmax, statistics and logits are float32.
         axis_name: mapped axis for the statistics of Dice; None on one device.
     """
 
@@ -72,6 +74,7 @@ class Din(nn.Module):
     softmax: bool = True
     apart: bool = False
     activation: str = "prelu"
+    dtype: str = "float32"
     axis_name: str | None = None
 
     def setup(self) -> None:
@@ -86,7 +89,7 @@ class Din(nn.Module):
 
     def embed(self, batch: CtrBatch, tables: ItemTables) -> tuple[jax.Array, jax.Array]:
         """Targets [B, D] and histories [B, L, D]; with marks both have room for them, and targets have none."""
-        return embed_rows(self.items(tables), self.marks if self.feedback else None, batch)
+        return embed_rows(self.items(tables), self.marks if self.feedback else None, batch, self.dtype)
 
     def pool(self, target_BD: jax.Array, history_BLD: jax.Array, batch: CtrBatch, *, train: bool) -> list[jax.Array]:
         """What the attention pools of each part of the history, [B, D] each. Of the batch the masks are read."""
@@ -109,7 +112,7 @@ class Din(nn.Module):
         in_some_BL = jnp.minimum(sum(parts), 1.0)
         weight_BL = self.attend(target_BD, history_BLD, in_some_BL * weight_B[:, None], train=train)
         weights = [masked_softmax(weight_BL, mask_BL) if self.softmax else weight_BL * mask_BL for mask_BL in parts]
-        return [jnp.einsum("bl,bld->bd", part_BL, history_BLD) for part_BL in weights]
+        return [jnp.einsum("bl,bld->bd", part_BL.astype(history_BLD.dtype), history_BLD) for part_BL in weights]
 
     def decide(
         self, target_BD: jax.Array, interests: Sequence[jax.Array], batch: CtrBatch, *, train: bool

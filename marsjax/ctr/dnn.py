@@ -25,6 +25,7 @@ class Dnn(nn.Module):
     apart: bool = False
     tower: tuple[int, ...] = (200, 80)
     activation: str = "prelu"
+    dtype: str = "float32"
     axis_name: str | None = None
 
     def setup(self) -> None:
@@ -37,14 +38,15 @@ class Dnn(nn.Module):
 
     def embed(self, batch: CtrBatch, tables: ItemTables) -> tuple[jax.Array, jax.Array]:
         """Targets [B, D] and histories [B, L, D]."""
-        return embed_rows(self.items(tables), self.marks if self.feedback else None, batch)
+        return embed_rows(self.items(tables), self.marks if self.feedback else None, batch, self.dtype)
 
     def pool(self, target_BD: jax.Array, history_BLD: jax.Array, batch: CtrBatch, *, train: bool) -> list[jax.Array]:
         """The mean of each part of the history, [B, D] each; the target is not read."""
         means = []
         for part_BL in parts_of(batch, apart=self.apart):
-            total_BD = jnp.einsum("bl,bld->bd", part_BL, history_BLD)
-            means.append(total_BD / jnp.maximum(jnp.sum(part_BL, axis=1, keepdims=True), 1.0))
+            count_B1 = jnp.maximum(jnp.sum(part_BL, axis=1, keepdims=True), 1.0)
+            total_BD = jnp.einsum("bl,bld->bd", part_BL.astype(history_BLD.dtype), history_BLD)
+            means.append(total_BD / count_B1.astype(history_BLD.dtype))
         return means
 
     def decide(

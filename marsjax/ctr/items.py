@@ -113,14 +113,18 @@ def feedback_embedding() -> Embedding:
     return Embedding(3, FEEDBACK_WIDTH, stddev=0.5)
 
 
-def embed_rows(item_ND: jax.Array, marks: Embedding | None, batch: CtrBatch) -> tuple[jax.Array, jax.Array]:
-    """Targets [B, D] and histories [B, L, D]; with marks both have room for them, and targets have none."""
+def embed_rows(item_ND: jax.Array, marks: Embedding | None, batch: CtrBatch, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """Targets [B, D] and histories [B, L, D]; with marks both have room for them, and targets have none.
+
+    All that follows computes in their `dtype`. Tables stay float32, so that the gradients of rows, of which an item has
+    many in a batch, add up in float32.
+    """
     target_BD, history_BLD = item_ND[batch.target_B], item_ND[batch.history_BL]
     if marks is not None:
         mark_BLD = marks(batch.feedback_BL)
         history_BLD = jnp.concatenate([history_BLD, mark_BLD], axis=2)
         target_BD = jnp.pad(target_BD, ((0, 0), (0, mark_BLD.shape[2])))
-    return target_BD, history_BLD
+    return target_BD.astype(dtype), history_BLD.astype(dtype)
 
 
 def tower_input(
@@ -133,5 +137,5 @@ def tower_input(
     if users is not None:
         features.append(users(batch.user_B))
     if batch.dense_BJ is not None:
-        features.append(batch.dense_BJ)
-    return jnp.concatenate(features, axis=1)
+        features.append(jnp.asarray(batch.dense_BJ))
+    return jnp.concatenate([feature.astype(target_BD.dtype) for feature in features], axis=1)
