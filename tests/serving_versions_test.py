@@ -93,7 +93,7 @@ def test_a_published_version_is_a_copy(variants, tmp_path):
     assert versions.read_current(root).version == version
 
 
-@pytest.mark.parametrize("name", ["ctr/content.json", "donor_vectors.npy", "index/graph.usearch", "scoring.stablehlo"])
+@pytest.mark.parametrize("name", ["ctr/content.json", "donor_units.npy", "index/graph.usearch", "scoring.stablehlo"])
 def test_one_flipped_bit_or_a_shorter_file_is_refused(variants, tmp_path, name):
     root = tmp_path / "root"
     versions.publish(root, variants[0], keep=3)
