@@ -71,7 +71,7 @@ def damaged(bundle_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["users.npz", "items.npz", "knowledge.npz", "donors.npz", "donor_vectors.npy", "features.npz"]
+    "name", ["users.npz", "items.npz", "knowledge.npz", "donors.npz", "donor_units.npy", "features.npz"]
 )
 def test_an_object_in_a_bundle_is_not_read(damaged, tmp_path, name):
     with pytest.raises(ValueError, match="allow_pickle|Python objects in dtype"):
