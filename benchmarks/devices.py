@@ -30,6 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -133,7 +134,9 @@ def serve(work: Work) -> None:
     for line in sys.stdin:
         what, argument = line.split()
         if what == "run":
-            answer({"losses": trainer.run(int(argument))})
+            before = time.process_time()
+            losses = trainer.run(int(argument))
+            answer({"losses": losses, "processor": (time.process_time() - before) / int(argument)})
         else:
             np.savez(argument, **trainer.parameters())  # type: ignore[arg-type]
             answer({})
@@ -151,9 +154,10 @@ def answer(value: Mapping[str, Any]) -> None:
 class Workers:
     """Processes that train one model together; one alone, most often."""
 
-    def __init__(self, works: Sequence[Work], *, devices: int, cores: Sequence[set[int]] = ()):
+    def __init__(self, works: Sequence[Work], *, devices: int):
         self.processes = []
-        for number, work in enumerate(works):
+        self.processor: list[float] = []  # seconds of a step of each run, of all threads of all processes
+        for work in works:
             environment = os.environ | {
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
             }  # fmt: skip
@@ -161,8 +165,6 @@ class Workers:
             process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
             )
-            if cores:
-                os.sched_setaffinity(process.pid, cores[number])
             self.processes.append(process)
         self.about = [self._answer(process) for process in self.processes]
 
@@ -175,7 +177,9 @@ class Workers:
 
     def run(self, steps: int) -> list[float]:
         """The losses of so many steps."""
-        return self.ask(f"run {steps}")[0]["losses"]
+        answers = self.ask(f"run {steps}")
+        self.processor.append(sum(answer["processor"] for answer in answers))
+        return answers[0]["losses"]
 
     def parameters(self) -> dict[str, np.ndarray]:
         """Those of the first; stops where another one has others."""
@@ -224,11 +228,11 @@ def check(name: str, found: float, most: float = TOLERANCE) -> float:
 
 
 def timed(sides: Mapping[str, Workers], arguments: argparse.Namespace) -> dict[str, harness.Timed]:
-    """Seconds of a step of each side; the time of this process, which waits, says nothing."""
+    """Seconds of a step of each side, and of the processors in those that train: the process that waits needs none."""
     found = harness.take_turns(
         {name: side.run for name, side in sides.items()}, turns=arguments.turns, seconds=arguments.seconds
     )
-    return {name: harness.Timed(side.turns, []) for name, side in found.items()}
+    return {name: harness.Timed(side.turns, sides[name].processor[-arguments.turns :]) for name, side in found.items()}
 
 
 def device_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

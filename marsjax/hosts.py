@@ -57,6 +57,11 @@ def count() -> int:
     return jax.process_count()
 
 
+def index() -> int:
+    """Which of them this one is, from 0."""
+    return jax.process_index()
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and decides."""
     return jax.process_index() == 0

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from marsjax import alignment, embeddings, files, retrieval
+from marsjax import alignment, embeddings, files, hosts, retrieval
 from marsjax.augmentation import baselines, mars, posterior, table, votes
 from marsjax.augmentation.donors import find_donors
 from marsjax.augmentation.methods import METHODS, Offer, Treatment
@@ -192,7 +192,10 @@ def read(config: ConfigDict, workdir: pathlib.Path | None = None) -> Dataset:
     if config.features.text or config.features.image:
         if workdir is None:
             raise ValueError("features: expected a workdir to write what is encoded to, found none")
-        made = encode_stage(config, workdir)
+        for process in range(hosts.count()):  # one after the other: the first encodes, and the others find it done
+            if process == hosts.index():
+                made = encode_stage(config, workdir)
+            hosts.from_first()
     data = config.data
     if "image" in made and config.features.image != "precomputed":
         # The encoder has read every image and told of the broken ones: the cheap check would tell of less.

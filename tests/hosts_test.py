@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from marsjax import hosts
+from marsjax import hosts, pipeline
 from marsjax.data import batches
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
 from marsjax.records import TRAIN, Viewed, Viewing
 from marsjax.training import checkpoint, sharding
+from tests.pipeline_test import small_config
 
 WORKER = pathlib.Path(__file__).with_name("hosts_worker.py")
 
@@ -228,6 +229,17 @@ def test_a_process_reads_its_own_rows_alone():
     assert not taken[0] & taken[1]
     assert taken[0] | taken[1] == set(np.flatnonzero(rows.split_E == TRAIN).tolist())
     assert min(map(len, taken)) > 0.4 * len(taken[0] | taken[1])
+
+
+def test_processes_encode_one_after_the_other(tmp_path, monkeypatch):
+    """The second of three: it waits for the first, and the third waits for it."""
+    seen = []
+    monkeypatch.setattr(hosts, "count", lambda: 3)
+    monkeypatch.setattr(hosts, "index", lambda: 1)
+    monkeypatch.setattr(hosts, "from_first", lambda: seen.append("all are here"))
+    monkeypatch.setattr(pipeline, "encode_stage", lambda config, workdir: seen.append("encodes") or {})
+    pipeline.read(small_config(**{"features.text": "tfidf"}), tmp_path)
+    assert seen == ["all are here", "encodes", "all are here", "all are here"]
 
 
 @pytest.mark.parametrize("mode", ["single", "pmap", "shard_map"])

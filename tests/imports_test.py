@@ -44,8 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "study": set(),
     "sources": {"configuration", "data", "features.text"},
     "pipeline": {
-        "alignment", "augmentation", "configuration", "ctr", "data", "embeddings", "evaluation", "features", "progress",
-        "retrieval", "sources", "stages", "training",
+        "alignment", "augmentation", "configuration", "ctr", "data", "embeddings", "evaluation", "features", "hosts",
+        "progress", "retrieval", "sources", "stages", "training",
     },
     "cells": {"configuration", "data", "evaluation", "jobs", "pipeline", "provenance", "stages", "study"},
     "commands": {
