@@ -50,7 +50,11 @@ def embed_shards(root: pathlib.Path, version: str, shards: Sequence[rebuild.Shar
     ray.init(num_cpus=processors, ignore_reinit_error=True, logging_level=logging.WARNING, log_to_driver=False)
     listed = ray.data.from_items([shard._asdict() for shard in shards], override_num_blocks=len(shards))
     done = listed.map_batches(
-        Embedder, fn_constructor_args=(str(root), version), batch_size=1, concurrency=workers, num_cpus=1
+        Embedder,
+        fn_constructor_args=(str(root), version),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_cpus=1,
     )
     users = 0
     try:
