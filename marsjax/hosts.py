@@ -43,6 +43,7 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None) ->
             f"({str(error).splitlines()[0]}); start all of them with the same --coordinator and --num_processes, each "
             "with its own --process_id, and see docs/hosts.md"
         ) from error
+    from_first()  # gloo waits 30 s for others where it first meets them: here, not after data were read at two speeds
 
 
 def leave(code: int) -> NoReturn:

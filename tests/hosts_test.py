@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -36,7 +37,12 @@ def start(folder, where="alone", count=1, number=0, *, devices=1, stages="base",
     }
     command = [sys.executable, str(WORKER), stages, str(folder), where, str(count), str(number)]
     command += [f"--{key.replace('__', '.')}={value}" for key, value in changes.items()]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = tempfile.TemporaryFile(
+        "w+"
+    )  # a pipe that nobody reads would fill, and stop a process and those it sums with
+    process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
+    process.said = said
+    return process
 
 
 def start_both(folder, second=None, **changes):
@@ -46,7 +52,14 @@ def start_both(folder, second=None, **changes):
 
 
 def outputs(processes):
-    return [process.communicate(timeout=300)[0] for process in processes]
+    """What they wrote, once all have ended."""
+    texts = []
+    for process in processes:
+        process.wait(timeout=300)
+        with process.said as said:
+            said.seek(0)
+            texts.append(said.read())
+    return texts
 
 
 def finish(*processes):

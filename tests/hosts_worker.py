@@ -3,12 +3,12 @@
 python hosts_worker.py alignment,base FOLDER alone|HOST:PORT NUMBER_OF_PROCESSES NUMBER [--KEY=VALUE ...]
 """
 
-import logging
 import pathlib
 import sys
 import traceback
 
 from marsjax import hosts, pipeline
+from marsjax.progress import log_to
 from marsjax.stages import Stages
 from tests.pipeline_test import small_config
 
@@ -23,7 +23,7 @@ def train(stages, folder, changes):
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
+    log_to(sys.stdout, force=True)
     stages, folder, coordinator, count, number, *flags = sys.argv[1:]
     if coordinator != "alone":
         hosts.join(coordinator, int(count), int(number))
