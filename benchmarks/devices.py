@@ -204,6 +204,9 @@ class Workers:
             process.stdin.close()
         for process in self.processes:
             process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
 
     def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         assert process.stdout is not None
