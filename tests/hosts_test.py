@@ -37,9 +37,8 @@ def start(folder, where="alone", count=1, number=0, *, devices=1, stages="base",
     }
     command = [sys.executable, str(WORKER), stages, str(folder), where, str(count), str(number)]
     command += [f"--{key.replace('__', '.')}={value}" for key, value in changes.items()]
-    said = tempfile.TemporaryFile(
-        "w+"
-    )  # a pipe that nobody reads would fill, and stop a process and those it sums with
+    # A pipe that nobody reads would fill, and stop a process and those it sums with.
+    said = tempfile.TemporaryFile("w+")  # noqa: SIM115
     process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
     process.said = said
     return process
