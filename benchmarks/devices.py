@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
 import pathlib
@@ -37,8 +36,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import harness, input_pipeline
-
-log = logging.getLogger("devices")
 
 TARGET = 1 / 1.3
 TOLERANCE = 1e-5  # of the largest number of an array
@@ -356,14 +353,10 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     if arguments.quick:
         arguments.lengths, arguments.counts, arguments.seeds, arguments.planted = "50", "1,8", 1, 300
         arguments.turns, arguments.seconds = 3, 0.2
-    for name in ("lengths", "counts"):
-        try:
-            setattr(arguments, name, [int(part) for part in getattr(arguments, name).split(",")])
-        except ValueError:
-            parser.error(f"--{name}: expected whole numbers joined by commas, found {getattr(arguments, name)}")
-    numbers = (*arguments.lengths, *arguments.counts, arguments.batch, arguments.turns, arguments.seeds)
-    if min(numbers) < 1:
-        parser.error("--lengths, --counts, --batch, --turns and --seeds: expected 1 or more")
+    arguments.lengths = harness.whole_numbers(parser, "--lengths", arguments.lengths)
+    arguments.counts = harness.whole_numbers(parser, "--counts", arguments.counts)
+    if min(arguments.batch, arguments.turns, arguments.seeds) < 1:
+        parser.error("--batch, --turns and --seeds: expected 1 or more")
     return arguments
 
 
@@ -382,12 +375,10 @@ def main(words: list[str] | None = None) -> None:
     if arguments.work:
         serve(Work(**json.loads(arguments.work)))
         return
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    harness.log_progress()
     began = harness.begin()
     machine = harness.measure_machine()
-    rows = [row for part in arguments.parts.split(",") for row in PARTS[part](arguments)]
-    questions = list(dict.fromkeys(row["question"] for row in rows))
-    rows.sort(key=lambda row: questions.index(row["question"]))  # a table a question; stable
+    rows = harness.by_question(row for part in arguments.parts.split(",") for row in PARTS[part](arguments))
     harness.write_results(
         arguments.output, rows, began, program="-m benchmarks.devices", words=words, machine=machine.describe()
     )

@@ -552,9 +552,7 @@ def train_once(arguments: argparse.Namespace) -> None:
 def main(words: list[str] | None = None) -> None:
     """Measures, prints the tables, and writes the rows."""
     arguments = parse(words)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for name in (log.name, "marsjax"):  # progress, and not that of all packages
-        logging.getLogger(name).setLevel(logging.INFO)
+    harness.log_progress(log.name, "marsjax")
     from marsjax.allocator import keep_freed_memory
 
     if arguments.allocator == "kept":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import math
 import os
 import pathlib
@@ -10,7 +12,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,6 +133,32 @@ def compare(
     if "other_processor" in row:
         row["processor_ratio"] = row["other_processor"] / row["ours_processor"]
     return row | {"ratio_least": min(of_turns, default=None), "ratio_most": max(of_turns, default=None)}
+
+
+def whole_numbers(parser: argparse.ArgumentParser, flags: str, text: str, *, least: int = 1) -> list[int]:
+    """The numbers that `flags` were given, joined by commas; else the program ends with what was expected of them."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < least:
+        parser.error(f"{flags}: expected whole numbers from {least} on, joined by commas, found {text}")
+    return found
+
+
+def log_progress(*names: str) -> None:
+    """What these loggers tell goes to the standard error, and of all others warnings alone."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for name in names:
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def by_question(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of each question together, in the order in which questions and rows came."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["question"], []).append(row)
+    return [row for group in groups.values() for row in group]
 
 
 def number(value: float | None) -> str:

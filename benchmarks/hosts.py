@@ -20,11 +20,8 @@ to 1e-3.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import logging
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,18 +29,15 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import harness, service
 from benchmarks.devices import STEPS, Work, Workers, check, difference, timed
-
-log = logging.getLogger("hosts")
 
 WHOLE_TOLERANCE, SAME_AUC = 1e-4, 1e-3
 
 
 def free_address() -> str:
     """Where a coordinator can listen."""
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    return f"{service.HOST}:{service.free_port()}"
 
 
 def step_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -151,19 +145,16 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     if arguments.quick:
         arguments.batches, arguments.users, arguments.planted, arguments.modes = "128", 500, 200, "pmap"
         arguments.turns, arguments.seconds = 3, 0.2
-    try:
-        arguments.batches = [int(part) for part in arguments.batches.split(",")]
-    except ValueError:
-        parser.error(f"--batches: expected whole numbers joined by commas, found {arguments.batches}")
-    if min(*arguments.batches, arguments.length, arguments.users, arguments.turns) < 1:
-        parser.error("--batches, --length, --users and --turns: expected 1 or more")
+    arguments.batches = harness.whole_numbers(parser, "--batches", arguments.batches)
+    if min(arguments.length, arguments.users, arguments.turns) < 1:
+        parser.error("--length, --users and --turns: expected 1 or more")
     return arguments
 
 
 def main(words: list[str] | None = None) -> None:
     """Measures, prints the tables, and writes the rows."""
     arguments = parse(words)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    harness.log_progress()
     began = harness.begin()
     machine = harness.measure_machine()
     rows = [*step_rows(arguments), *training_rows(arguments)]

@@ -26,7 +26,6 @@ import functools
 import logging
 import math
 import pathlib
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -288,16 +287,14 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     """Measures, prints the tables, and writes the rows."""
     arguments = parse(words)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
+    harness.log_progress(log.name)
     if arguments.allocator == "kept":  # as `marsjax` trains
         from marsjax.allocator import keep_freed_memory
 
         keep_freed_memory()
     began = harness.begin()
     machine = harness.measure_machine()
-    rows = [row for case in arguments.cases for row in rows_of(case, machine, arguments)]
-    rows.sort(key=lambda row: row["other"] is None)  # a table a question; stable
+    rows = harness.by_question(row for case in arguments.cases for row in rows_of(case, machine, arguments))
     harness.write_results(
         arguments.output, rows, began, program="-m benchmarks.input_pipeline", words=words, machine=machine.describe()
     )

@@ -39,7 +39,6 @@ import gc
 import logging
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -529,8 +528,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     """Measures, prints the tables, and writes the rows."""
     arguments = parse(words)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
+    harness.log_progress(log.name)
     from marsjax.allocator import keep_freed_memory
 
     keep_freed_memory()  # as `marsjax` has it
@@ -539,9 +537,7 @@ def main(words: list[str] | None = None) -> None:
         need("hnswlib")
         versions = f"faiss {need('faiss').__version__}; "
     machine = harness.measure_machine()
-    rows = [row for count in arguments.counts for row in search_rows(count, machine, arguments)]
-    order = list(dict.fromkeys(row["question"] for row in rows))
-    rows.sort(key=lambda row: order.index(row["question"]))
+    rows = harness.by_question(row for count in arguments.counts for row in search_rows(count, machine, arguments))
     harness.write_results(
         arguments.output, rows, began, program="-m benchmarks.retrieval", words=words,
         machine=versions + machine.describe(),

@@ -336,8 +336,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 def main(words: list[str] | None = None) -> None:
     """Measures, prints the tables, and writes the rows."""
     arguments = parse(words)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
+    harness.log_progress(log.name)
     if arguments.size:
         from marsjax.allocator import keep_freed_memory
 

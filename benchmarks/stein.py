@@ -24,7 +24,6 @@ import argparse
 import functools
 import logging
 import pathlib
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -232,22 +231,17 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     if arguments.quick:
         arguments.counts, arguments.widths, arguments.users = "128,512", "64", 300
         arguments.turns, arguments.seconds = 3, 0.1
-    try:
-        arguments.counts, arguments.widths = (
-            [int(part) for part in text.split(",")] for text in (arguments.counts, arguments.widths)
-        )
-        if min(*arguments.counts, *arguments.widths) < 2:
-            raise ValueError
-    except ValueError:
-        parser.error("--counts and --widths: expected whole numbers from 2 on, joined by commas")
+    arguments.counts, arguments.widths = (
+        harness.whole_numbers(parser, "--counts and --widths", text, least=2)
+        for text in (arguments.counts, arguments.widths)
+    )
     return arguments
 
 
 def main(words: list[str] | None = None) -> None:
     """Measures, prints the tables, and writes the rows."""
     arguments = parse(words)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
+    harness.log_progress(log.name)
     from marsjax.allocator import keep_freed_memory
 
     keep_freed_memory()  # as `marsjax` trains
@@ -256,11 +250,10 @@ def main(words: list[str] | None = None) -> None:
     cases = [(count, width) for count in arguments.counts for width in arguments.widths]
     rows = [row for count, width in cases for row in rows_of(count, width, machine, arguments)]
     rows.append(step_row(arguments))
-    order = list(dict.fromkeys(row["question"] for row in rows))
-    rows.sort(key=lambda row: order.index(row["question"]))  # a table a question; stable
     harness.write_results(
-        arguments.output, rows, began, program="-m benchmarks.stein", words=words, machine=machine.describe()
-    )
+        arguments.output, harness.by_question(rows), began, program="-m benchmarks.stein", words=words,
+        machine=machine.describe(),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

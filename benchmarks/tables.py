@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import logging
 import pathlib
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -144,20 +143,16 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     if arguments.quick:
         arguments.sizes, arguments.turns, arguments.seconds = "2000,50000", 3, 0.1
-    try:
-        arguments.sizes = [int(part) for part in arguments.sizes.split(",")]
-        if min(*arguments.sizes, arguments.batch, arguments.length, arguments.turns, 2) < 1 or min(arguments.sizes) < 2:
-            raise ValueError
-    except ValueError:
-        parser.error("--sizes: expected whole numbers from 2 on, joined by commas; of the others 1 or more")
+    arguments.sizes = harness.whole_numbers(parser, "--sizes", arguments.sizes, least=2)
+    if min(arguments.batch, arguments.length, arguments.turns) < 1:
+        parser.error("--batch, --length and --turns: expected 1 or more")
     return arguments
 
 
 def main(words: list[str] | None = None) -> None:
     """Measures, prints the table, and writes the rows."""
     arguments = parse(words)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    log.setLevel(logging.INFO)
+    harness.log_progress(log.name)
     from marsjax.allocator import keep_freed_memory
 
     keep_freed_memory()  # as `marsjax` trains
