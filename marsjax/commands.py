@@ -481,10 +481,12 @@ def lenders_of(
     donors = donors._replace(item_PL=np.pad(donors.item_PL, spare), time_PL=np.pad(donors.time_PL, spare))
     donor_PD = vectors.user_UD[donors.user_P]
     centre_D = pipeline.centre_of(config, donor_PD)
-    unit_PLD = None
+    unit_PLD = unit_ND = None
     if config.augmentation.vectors == "contextual":
         vector_PLD = embeddings.contextual_vectors(space.encoder, space.params, space.tables, donors.item_PL)
         unit_PLD = embeddings.units(vector_PLD, centre_D)
+    else:
+        unit_ND = embeddings.units(vectors.item_ND, centre_D)
     width = donors.item_PL.shape[1]
     lent = Borrowed(
         start_Q1=np.arange(len(donors.user_P) + 1) * width,
@@ -499,6 +501,6 @@ def lenders_of(
         mark_PL=mark_S.reshape(donors.item_PL.shape),
         centre_D=centre_D,
         unit_PLD=unit_PLD,
-        unit_ND=embeddings.units(vectors.item_ND, centre_D),
+        unit_ND=unit_ND,
         user_index=retrieval.build_index(donor_PD - centre_D, donors.user_P),
     )

@@ -38,7 +38,7 @@ from marsjax.training.step import init_state
 
 CTR = {
     "user_id": True, "inputs": "strong", "content": 2, "embedding": 3, "tower": (6,), "attention": (4,),
-    "softmax": True, "apart": False, "activation": "prelu",
+    "softmax": True, "apart": False, "activation": "prelu", "dtype": "float32",
 }  # fmt: skip
 SETTINGS = AdamW(1e-2, 0.0, 10.0)
 LENGTH = 30  # one length, so that few steps are compiled

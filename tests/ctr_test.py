@@ -30,6 +30,7 @@ SETTINGS = {
     "softmax": True,
     "apart": False,
     "activation": "prelu",
+    "dtype": "float32",
 }
 
 

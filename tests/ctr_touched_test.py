@@ -20,7 +20,7 @@ ITEMS, USERS, CATEGORIES, ROWS, LENGTH = 60, 40, 4, 8, 5
 SETTINGS = AdamW(1e-2, 0.0, 0.5)  # the gradient is clipped, so its norm over all tables counts
 MODEL = {
     "backbone": "din", "user_id": True, "inputs": "strong", "content": 3, "embedding": 4, "tower": (8,),
-    "attention": (8,), "softmax": True, "apart": False, "activation": "prelu",
+    "attention": (8,), "softmax": True, "apart": False, "activation": "prelu", "dtype": "float32",
 }  # fmt: skip
 
 

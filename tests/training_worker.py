@@ -34,6 +34,7 @@ CTR = {
     "softmax": True,
     "apart": False,
     "activation": "dice",
+    "dtype": "float32",
 }
 SETTINGS = AdamW(1e-3, 1e-2, 10.0)
 

@@ -28,7 +28,7 @@ def make_backbone(
         "apart": settings["apart"],
         "tower": tuple(settings["tower"]),
         "activation": settings["activation"],
-        "dtype": settings.get("dtype", "float32"),  # bundles of before have none
+        "dtype": settings["dtype"],
     }
     if settings["backbone"] not in BACKBONES:
         raise ValueError(f"ctr.backbone: expected one of {sorted(BACKBONES)}, found {settings['backbone']!r}")

@@ -26,8 +26,8 @@ from jax import lax
 from marsjax.ctr.items import ID_TABLES
 from marsjax.ctr.objective import make_loss, probabilities
 from marsjax.records import Array, CtrBatch, ItemTables, Objective
-from marsjax.training.optimizer import AdamW, adamw
-from marsjax.training.sharding import Lifted, Path, lift, rows_at
+from marsjax.training.optimizer import AdamW, Path, adamw
+from marsjax.training.sharding import Lifted, lift, rows_at
 from marsjax.training.step import StepFn, TrainState, make_step
 
 PyTree = Any
@@ -114,18 +114,11 @@ def touched_step(
                 for value in (touched.item_X, touched.user_Y)
             )
             rows = _rows(item_X, user_Y)
-            take = functools.partial(_take, axis=axis_of_rows)
+            take, put = (functools.partial(change, axis=axis_of_rows) for change in (_take, _put))
             loss = make_loss(_few(model, item_X, user_Y, axis=axis), axis_name=axis, objective=objective)
             ordinary = make_step(loss, adamw(settings), axis_name=axis)
-            before = state._replace(
-                params=_map_rows(take, rows, state.params), opt_state=_map_rows(take, rows, state.opt_state)
-            )
-            after, metrics = ordinary(before, touched.batch, _map_rows(take, rows, tables))
-            put = functools.partial(_put, axis=axis_of_rows)
-            return after._replace(
-                params=_map_rows(put, rows, after.params, state.params),
-                opt_state=_map_rows(put, rows, after.opt_state, state.opt_state),
-            ), metrics
+            few, metrics = ordinary(_map_rows(take, rows, state), touched.batch, _map_rows(take, rows, tables))
+            return _map_rows(put, rows, few, state), metrics
 
         return step
 

@@ -26,10 +26,8 @@ class Lenders(NamedTuple):
     donors: Donors
     mark_PL: np.ndarray  # [P, L] int8, what the donor thought of the item, as in `CtrBatch.feedback_BL`
     centre_D: np.ndarray  # [D] float32, subtracted before a cosine
-    unit_PLD: (
-        np.ndarray | None
-    )  # [P, L, D] float32, `units` of items in the donors' histories; None: static ones are read
-    unit_ND: np.ndarray  # [N, D] float32, `units` of the static vectors
+    unit_PLD: np.ndarray | None  # [P, L, D] float32, `units` of items in the donors' histories, or else
+    unit_ND: np.ndarray | None  # [N, D] float32, `units` of the static vectors
     user_index: retrieval.UserIndex  # over the donors' vectors, less the centre
 
 
@@ -73,10 +71,11 @@ def find_candidates(lenders: Lenders, config: Mapping[str, Any], user_QD: np.nda
 
 def item_units(lenders: Lenders) -> Callable[[np.ndarray], np.ndarray]:
     """Item vectors of donors at positions [X] -> [X, L, D], moved and of length 1."""
-    if lenders.unit_PLD is None:
-        return lambda position_X: lenders.unit_ND[lenders.donors.item_PL[position_X]]
-    unit_PLD = lenders.unit_PLD
-    return lambda position_X: np.asarray(unit_PLD[position_X])
+    unit_PLD, unit_ND, item_PL = lenders.unit_PLD, lenders.unit_ND, lenders.donors.item_PL
+    if unit_PLD is not None:
+        return lambda position_X: np.asarray(unit_PLD[position_X])
+    assert unit_ND is not None
+    return lambda position_X: unit_ND[item_PL[position_X]]
 
 
 def lend(lenders: Lenders, config: Mapping[str, Any], user_QD: np.ndarray) -> list[Lent]:
@@ -116,5 +115,5 @@ def read_lenders(folder: pathlib.Path, item_ND: np.ndarray) -> Lenders:
         mark_PL, centre_D = arrays["mark_PL"], arrays["centre_D"]
     path = folder / UNITS
     unit_PLD = np.load(path, mmap_mode="r") if path.is_file() else None
-    unit_ND = units(item_ND, centre_D)
+    unit_ND = units(item_ND, centre_D) if unit_PLD is None else None
     return Lenders(donors, mark_PL, centre_D, unit_PLD, unit_ND, retrieval.load_index(folder / INDEX))

@@ -10,13 +10,12 @@ shards that are missing; and its bytes follow from the shard and the model alone
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from marsjax import files
 from marsjax.serving import versions
 from marsjax.serving.events import Entry, check_id, decode_history, encode_history, read_history
 from marsjax.serving.runner import Model, embed_histories, load_model
-from marsjax.serving.storage import Storage
+from marsjax.serving.storage import Storage, chunks
 from marsjax.serving.vectors import Vector, digest, encode_vector
 
 log = logging.getLogger(__name__)
@@ -58,9 +57,9 @@ def write_shards(storage: Storage, folder: pathlib.Path, *, count: int) -> int:
         paths = [partial / f"{number:05d}.jsonl" for number in range(count)]
         for path in paths:
             path.touch()
-        for names in _chunks(storage.users(), 64 * BATCH):
+        for names in chunks(storage.users(), 64 * BATCH):
             lines: list[list[bytes]] = [[] for _ in paths]
-            for some in _chunks(names, BATCH):
+            for some in chunks(names, BATCH):
                 for user, data in zip(some, storage.histories(some), strict=True):
                     entries = read_history(data, user)
                     if entries is not None:
@@ -85,7 +84,7 @@ def embed_shard(model: Model, shard: Shard) -> int:
     target = pathlib.Path(shard.target)
     if not target.exists():
         users, digests, parts = [], [], [np.zeros((0, model.encoder.module.width), np.float32)]
-        for part in _chunks(_read(pathlib.Path(shard.source)), PART):
+        for part in chunks(_read(pathlib.Path(shard.source)), PART):
             users += [user for user, _ in part]
             digests += [digest(encode_history(entries)) for _, entries in part]
             parts.append(embed_histories(model.bundle, model.encoder, [entries for _, entries in part]))
@@ -162,7 +161,7 @@ def rebuild(
         raise ValueError(f"{root}: expected a published bundle, found none; run `marsjax publish`")
     if not (output / HISTORIES).exists():
         log.info("%d users in %d shards", write_shards(storage, output / HISTORIES, count=shards), shards)
-    users, began = 0, time.monotonic()
+    began = time.monotonic()
     users = embed_shards(root, current.version, output, workers=workers)
     log.info("%d vectors in %.0f s", users, time.monotonic() - began)
     now = versions.read_current(root)
@@ -202,9 +201,3 @@ def _read(path: pathlib.Path) -> Iterator[tuple[str, tuple[Entry, ...]]]:
                 raise ValueError(
                     f"{path}:{number}: expected user and history as JSON, found {line[:60]!r} ({error})"
                 ) from error
-
-
-def _chunks(values: Any, size: int) -> Iterator[list[Any]]:
-    iterator = iter(values)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk

@@ -17,7 +17,7 @@ from typing import Any
 import redis
 
 from marsjax.serving.events import Entry, encode_history, merge, read_history
-from marsjax.serving.storage import ALONE, TRAINER, Changed, Dead, Message, StorageError
+from marsjax.serving.storage import ALONE, TRAINER, Changed, Dead, Message, StorageError, chunks
 
 STREAM, DEAD, CHANGED, STAMPS = "marsjax:events", "marsjax:dead", "marsjax:changed", "marsjax:stamps"
 HISTORY, VECTOR = "marsjax:history:", "marsjax:vector:"
@@ -198,7 +198,7 @@ class RedisStorage:
     def touch(self, users: Iterable[str]) -> None:
         with _answering():
             now = time.time()
-            for names in _chunks(users, 1000):
+            for names in chunks(users, 1000):
                 with self._redis.pipeline(transaction=True) as pipe:
                     for user in names:
                         pipe.zadd(CHANGED, {user: now}, nx=True)
@@ -213,7 +213,7 @@ class RedisStorage:
         kept = tuple(f"{VECTOR}{version}:".encode() for version in keep)
         with _answering():
             found = self._redis.scan_iter(VECTOR + "*", count=1000)
-            for keys in _chunks((key for key in found if not key.startswith(kept)), 1000):
+            for keys in chunks((key for key in found if not key.startswith(kept)), 1000):
                 self._redis.unlink(*keys)
 
     def trim(self) -> None:
@@ -275,17 +275,6 @@ def _place(name: str) -> tuple[int, int]:
 def _next(name: str) -> str:
     milliseconds, number = _place(name)
     return f"{milliseconds}-{number + 1}"
-
-
-def _chunks(values: Any, size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for value in values:
-        chunk.append(value)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 @contextlib.contextmanager

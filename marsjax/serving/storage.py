@@ -6,10 +6,13 @@ They are one thing because an event is done with only once its effect is durable
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from marsjax.serving.events import Entry
+
+T = TypeVar("T")
 
 RUNNER = "runner"  # the group of consumers that keeps histories and vectors
 TRAINER = "trainer"  # the one that continues the training
@@ -143,3 +146,10 @@ def open_storage(
             url, timeout=timeout, append_timeout=max(timeout, append_timeout), ttl=ttl, consumer=consumer
         )
     raise ValueError(f"serving.storage: expected sqlite:PATH or redis://HOST:PORT/DB, found {url!r}")
+
+
+def chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The values, so many at a time, as they come."""
+    iterator = iter(values)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk

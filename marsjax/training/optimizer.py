@@ -34,11 +34,14 @@ def adamw(settings: AdamW) -> optax.GradientTransformation:
         ),
         optax.add_decayed_weights(
             settings.id_decay,
-            lambda params: jax.tree_util.tree_map_with_path(lambda path, _: _names(path) in settings.id_tables, params),
+            lambda params: jax.tree_util.tree_map_with_path(
+                lambda path, _: names_of(path) in settings.id_tables, params
+            ),
         ),
         optax.scale_by_learning_rate(settings.learning_rate),
     )
 
 
-def _names(path: Any) -> Path:
-    return tuple(str(getattr(key, "key", key)) for key in path)
+def names_of(path: Any) -> Path:
+    """The names of dictionaries' keys and NamedTuples' fields along a path of a tree."""
+    return tuple(str(getattr(key, "name", getattr(key, "key", key))) for key in path)

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from marsjax.training.optimizer import Path, names_of
 from marsjax.training.step import StepFn
 
 AXIS = "device"
 PyTree = Any
-Path = tuple[str, ...]
 
 
 class Lifted(NamedTuple):
@@ -74,7 +74,7 @@ def lift(
 
 def rows_at(path: Any, rows: Mapping[Path, Any]) -> Any:
     """What `rows` has for a leaf at `path`, whatever stands before it there; None for a leaf that it does not name."""
-    names = tuple(str(getattr(key, "name", getattr(key, "key", key))) for key in path)
+    names = names_of(path)
     return rows.get(names[-2:], rows.get(names[-1:]))
 
 
