@@ -1,5 +1,6 @@
 """Stream and store keep their promises, in SQLite and in a real Redis: what is acknowledged has its effect, once."""
 
+import concurrent.futures
 import sqlite3
 import threading
 import time
@@ -266,6 +267,20 @@ def test_users_are_listed_and_touched(opened):
     assert first.stamp != second.stamp
     storage.touch_all()
     assert len(storage.changed(10**6)) == len(names)
+
+
+def test_a_new_file_is_opened_by_many_at_once(tmp_path):
+    """SQLite answers "busy" at once, without waiting, where another one is turning the file to WAL."""
+    for number in range(20):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            ready = threading.Barrier(8)
+
+            def opens(path=f"sqlite:{tmp_path}/{number}.sqlite", ready=ready):
+                ready.wait()
+                open_storage(path, timeout=10.0, ttl=1000.0).close()
+
+            for opening in [pool.submit(opens) for _ in range(8)]:
+                opening.result()
 
 
 def test_two_writers_of_one_history_lose_nothing(opened):

@@ -36,8 +36,20 @@ class SqliteStorage:
         self._lock = threading.Lock()
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         with self._answering() as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(SCHEMA)
+            self._prepare(connection)
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        until = time.monotonic() + self._timeout
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.executescript(SCHEMA)
+                return
+            except sqlite3.OperationalError as error:
+                # SQLite doesn't wait for another one that is turning the file to WAL: it says "busy" at once.
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+            time.sleep(POLL)
 
     def append(self, data: Sequence[bytes]) -> None:
         with self._writing() as connection:
