@@ -87,6 +87,7 @@ EXTRAS = {
 # inside the function that needs them, or by one another.
 MADE_OF = {
     "serving/service.py": {"fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client"},
+    "serving/direct.py": {"starlette", "pydantic"},  # a layer in front of the service
     "serving/measures.py": {"prometheus_client"},
     "serving/redis_storage.py": {"redis"},
     "serving/ray_rebuild.py": {"ray"},
