@@ -21,6 +21,7 @@ from marsjax.records import Neighbours
 log = logging.getLogger(__name__)
 
 METRIC = "ip"  # of unit vectors: the cosine, without USearch dividing by a norm that may be zero
+FEW = 16  # queries that one thread searches for
 CHUNK = 65_536  # queries of an index at a time
 ENTRIES = 1 << 25  # similarities at a time: those of 1,024 queries to a million users are 4 GB, several times over
 GRAPH, VECTORS, DESCRIPTION = "graph.usearch", "vectors.npz", "index.json"
@@ -115,7 +116,9 @@ def search(
     spare = 0 if _kind(index.graph.dtype) == "f32" else k
     wanted = min(k + spare + (exclude_B is not None), count)
     index.graph.expansion_search = max(expansion_search, wanted)  # type: ignore[misc]  # it has a setter
-    found = index.graph.search(unit_BD, wanted, threads=0)  # all cores: only building depends on their number
+    # All cores where there is much to do (only building depends on their number); starting threads takes longer than a
+    # few queries.
+    found = index.graph.search(unit_BD, wanted, threads=0 if len(unit_BD) > FEW else 1)
     # A batch of one comes back without its axis; unfilled slots hold key 0, and only the counts tell.
     slot_BK = np.asarray(found.keys).reshape(len(unit_BD), wanted).astype(np.int64)
     filled_B = np.asarray(getattr(found, "counts", [len(found)])).reshape(-1)
@@ -340,19 +343,16 @@ def _answer(
 def _ranked(user_BX: np.ndarray, similarity_BX: np.ndarray, valid_BX: np.ndarray, k: int) -> Neighbours:
     """The best `k` valid entries, by similarity and then by user (or slot, in the same order), padded to `k`."""
     similarity_BX = np.where(valid_BX, similarity_BX, -np.inf).astype(np.float32)
+    rows_B1 = np.arange(len(user_BX))[:, None]
     if similarity_BX.shape[1] > 4 * k:
         # Only entries at least as similar as the k-th can be in the answer; sorting few beats sorting all.
         kth_B1 = -np.partition(-similarity_BX, k - 1, axis=1)[:, k - 1 : k]
         width = max(int((similarity_BX >= kth_B1).sum(axis=1).max()), k)
         if width < similarity_BX.shape[1]:
             top_BX = np.argpartition(-similarity_BX, width - 1, axis=1)[:, :width]
-            user_BX, similarity_BX, valid_BX = (
-                np.take_along_axis(value, top_BX, axis=1) for value in (user_BX, similarity_BX, valid_BX)
-            )
+            user_BX, similarity_BX, valid_BX = (value[rows_B1, top_BX] for value in (user_BX, similarity_BX, valid_BX))
     order_BX = np.lexsort((user_BX, -similarity_BX), axis=1)[:, :k]
-    user_BK, similarity_BK, valid_BK = (
-        np.take_along_axis(value, order_BX, axis=1) for value in (user_BX, similarity_BX, valid_BX)
-    )
+    user_BK, similarity_BK, valid_BK = (value[rows_B1, order_BX] for value in (user_BX, similarity_BX, valid_BX))
     out = _nothing(len(user_BK), k)
     width = user_BK.shape[1]
     out.user_BK[:, :width] = np.where(valid_BK, user_BK, -1)

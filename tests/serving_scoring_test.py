@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from marsjax.records import LOW
+from marsjax.ctr import objective
+from marsjax.ctr.din import Din
+from marsjax.records import LOW, CtrBatch, ItemTables
 from marsjax.serving import bundle as serving
 from marsjax.serving import lending, portable, runner, scoring
 from marsjax.serving.events import Entry
@@ -72,6 +74,37 @@ def test_scores_do_not_depend_on_what_else_is_scored(bundle):
     (last,) = scoring.score(bundle, [many._replace(items=many.items[-3:])])
     np.testing.assert_allclose(score_C[-3:], last, atol=1e-6)
     assert scoring.score(bundle, []) == []
+
+
+@pytest.mark.parametrize("drop_target", [False, True])
+@pytest.mark.parametrize("activation", ["prelu", "dice"])
+def test_candidates_of_one_user_score_as_rows_do(drop_target, activation):
+    """With marks, numbers and borrowed items apart; borrowed entries that are the candidate are blanked in both."""
+    rng, n, length = np.random.default_rng(0), 37, 9
+    model = Din(20, 1, n_users=4, feedback=True, apart=True, activation=activation)
+    tables = ItemTables(np.zeros((20, 1), np.int32))
+    made = objective.init_model(model, tables, seed=0, dense=2)
+    target_C = np.zeros(objective.CANDIDATES, np.int32)
+    target_C[:n] = rng.integers(0, 20, n)
+    dense_CJ = rng.normal(size=(objective.CANDIDATES, 2)).astype(np.float32)
+    history_BL = rng.integers(0, 20, (1, length)).astype(np.int32)
+    borrowed_BL = (np.arange(length) < 6)[None] & (history_BL > 0)
+    mark_BL = (rng.integers(1, 3, (1, length)) * (history_BL > 0)).astype(np.int8)
+    one_B, user_B = np.ones(1, np.float32), np.array([2], np.int32)
+    one = CtrBatch(user_B, target_C, one_B, one_B, history_BL, borrowed_BL, mark_BL, dense_CJ)
+    found_C = objective.probabilities_of_one(
+        model, made["params"], made["statistics"], one, np.int32(n), tables, drop_target=drop_target
+    )
+    same_BL = borrowed_BL & (history_BL == target_C[:n, None])
+    assert same_BL.any()
+    kept_BL = ~same_BL if drop_target else np.ones_like(same_BL)
+    ones_B = np.ones(n, np.float32)
+    rows = CtrBatch(
+        np.repeat(user_B, n), target_C[:n], ones_B, ones_B, history_BL * kept_BL, borrowed_BL & kept_BL,
+        (mark_BL * kept_BL).astype(np.int8), dense_CJ[:n],
+    )  # fmt: skip
+    expected_B = objective.probabilities(model, made["params"], made["statistics"], rows, tables)
+    np.testing.assert_allclose(np.asarray(found_C)[:n], expected_B, atol=1e-6)
 
 
 def test_the_portable_function_scores_as_the_module_does(bundle):

@@ -217,6 +217,28 @@ def test_unseen_items_get_a_score_and_are_counted(client, bundle):
     assert client.metric('marsjax_fallbacks_total{reason="unseen_item"}') == before + 1
 
 
+def test_sound_requests_and_others_are_told_apart_as_the_framework_does(client, bundle):
+    """What goes past the framework and what does not: the same answers and failures."""
+    user, names = low_user(bundle), items(bundle, 3)
+    body = json.dumps({"user": user, "candidates": names}).encode()
+    expected = client.score(user, names)
+    for kind in ("application/json", "Application/JSON; charset=utf-8", "application/vnd.any+json"):
+        assert client.call("POST", "/v1/score", body, {"content-type": kind}) == (200, expected)
+    assert client.call("POST", "/v1/score", body, {"content-type": "text/plain"})[0] == 422
+    for wrong, code, what in (
+        (b"{", 400, "JSON"),
+        (b"", 422, "body"),
+        (b"[]", 422, "body"),
+        (json.dumps({"user": 1, "candidates": names}).encode(), 422, "body.user"),
+        (json.dumps({"user": user, "candidates": []}).encode(), 422, "body.candidates"),
+        (json.dumps({"user": user, "candidates": names, "more": 1}).encode(), 422, "body.more"),
+    ):
+        status, answer = client.call("POST", "/v1/score", wrong)
+        assert (status, what in answer["error"], "openapi.json" in answer["error"]) == (code, True, True), answer
+    assert client.call("GET", "/v1/score")[0] == 405
+    assert client.metric('marsjax_requests_total{route="/v1/score",status="422"}') >= 6
+
+
 class Broken:
     """A store that is slow, or gone."""
 
@@ -297,6 +319,7 @@ def test_what_has_nothing_to_score_counts_among_what_waits(root, bundle, monkeyp
 
     monkeypatch.setattr(made, "answer", slowly)
     monkeypatch.setattr(scoring, "SIZES", (2,))
+    monkeypatch.setattr(engine.lending, "SIZES", (2,))
     profile = scoring.Profile(0, *scoring.own_history(bundle, 0))
     task = engine.Task(snapshot, scoring.Row(profile, np.zeros(0, np.int32)), None, time.monotonic() + 60, 0.0)
     first = made.submit(task)

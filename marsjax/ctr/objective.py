@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from marsjax.ctr.view_losses import view_loss
-from marsjax.records import CtrBatch, ItemTables, Objective
+from marsjax.records import Array, CtrBatch, ItemTables, Objective
 from marsjax.training.optimizer import AdamW, adamw
 from marsjax.training.sharding import Lifted, lift
 from marsjax.training.step import LossFn, Share, StepFn, init_variables, make_step, total
@@ -22,6 +22,10 @@ from marsjax.training.step import LossFn, Share, StepFn, init_variables, make_st
 PyTree = Any
 
 AHEAD = 2  # batches that are scored while the next one is made
+CANDIDATES = 1024  # of one user, at most
+# Of them at a time: what a DIN computes between its layers for 16 candidates and 200 entries stays in the cache of one
+# core. An accelerator would wait for one part after the other.
+CANDIDATES_AT_A_TIME = {"cpu": 16}
 
 
 def init_model(model: nn.Module, tables: ItemTables, *, seed: int, dense: int = 0) -> dict[str, PyTree]:
@@ -64,6 +68,47 @@ def probabilities(
     """Click probabilities [B] of a batch. Compiled once for a model and a history length."""
     logit_B = model.apply({"params": params, "statistics": statistics}, batch, tables, train=False)
     return nn.sigmoid(logit_B)  # type: ignore[arg-type]
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="drop_target")
+def probabilities_of_one(
+    model: nn.Module,
+    params: PyTree,
+    statistics: PyTree,
+    one: CtrBatch,
+    count: Array,
+    tables: ItemTables,
+    *,
+    drop_target: bool = False,
+) -> jax.Array:
+    """Click probabilities [C] of candidates of one user; what stands behind the first `count` (a scalar) means nothing.
+
+    `target_B` and `dense_BJ` of `one` have C rows, C a multiple of 128, and all else one row: the history is gathered
+    once, and its product with the weights of all candidates is one of two matrices. `drop_target` blanks the borrowed
+    entries that are the candidate. Compiled once for a model and a history length, whatever the count.
+    """
+
+    def score(target: jax.Array, dense_J: jax.Array | None) -> jax.Array:
+        history_BL, borrowed_BL, feedback_BL = one.history_BL, one.borrowed_BL, one.feedback_BL
+        if drop_target:
+            kept_BL = ~(borrowed_BL & (history_BL == target))
+            history_BL, borrowed_BL = history_BL * kept_BL, borrowed_BL & kept_BL
+            feedback_BL = None if feedback_BL is None else feedback_BL * kept_BL
+        batch = one._replace(
+            target_B=target[None], history_BL=history_BL, borrowed_BL=borrowed_BL, feedback_BL=feedback_BL,
+            dense_BJ=None if dense_J is None else dense_J[None],
+        )  # fmt: skip
+        return model.apply({"params": params, "statistics": statistics}, batch, tables, train=False)[0]
+
+    rows = CANDIDATES_AT_A_TIME.get(jax.default_backend(), 128)
+    columns = one.target_B, one.dense_BJ
+
+    def advance(i: jax.Array, logit_C: jax.Array) -> jax.Array:
+        part = jax.tree.map(lambda value: jax.lax.dynamic_slice_in_dim(value, i * rows, rows), columns)
+        return jax.lax.dynamic_update_slice_in_dim(logit_C, jax.vmap(score)(*part), i * rows, 0)
+
+    logit_C = jax.lax.fori_loop(0, (count + rows - 1) // rows, advance, jnp.zeros(one.target_B.shape[0], jnp.float32))
+    return nn.sigmoid(logit_C)
 
 
 def score(

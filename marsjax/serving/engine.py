@@ -91,7 +91,7 @@ class Engine:
                 return
             taken, ends = [first], False
             count = rows_of(first[0])
-            while count < scoring.SIZES[-1]:
+            while count < scoring.SIZES[-1] or len(taken) < lending.SIZES[-1]:
                 try:
                     more = self._tasks.get_nowait()
                 except queue.Empty:
@@ -103,20 +103,23 @@ class Engine:
                 count += rows_of(more[0])
             for group in by_snapshot(taken):
                 try:
-                    for (_, future), answer in zip(group, self.answer([task for task, _ in group]), strict=True):
+                    for (task, future), answer in zip(group, self.answer([task for task, _ in group]), strict=True):
+                        with self._lock:
+                            self._rows -= rows_of(task)
                         future.set_result(answer)
                 except Exception as error:
                     log.exception("a batch of %d requests failed", len(group))
-                    for _, future in group:
+                    for task, future in group:
                         if not future.done():
+                            with self._lock:
+                                self._rows -= rows_of(task)
                             future.set_exception(error)
-            with self._lock:
-                self._rows -= sum(rows_of(task) for task, _ in taken)
             if ends:
                 return
 
-    def answer(self, tasks: Sequence[Task]) -> list[Answer]:
-        """Answers tasks of one snapshot: Eqs. 15-18 for those that ask, then the scores of all."""
+    def answer(self, tasks: Sequence[Task]) -> Iterator[Answer]:
+        """Answers tasks of one snapshot, in order: Eqs. 15-18 for all that ask, then scores, some tasks at a time, so
+        that the first need not wait for the last."""
         snapshot, began = tasks[0].snapshot, time.monotonic()
         late = [task.vector_D is not None and began > task.until for task in tasks]
         lent = self._lend(
@@ -127,15 +130,14 @@ class Engine:
             for task, found in zip(tasks, lent, strict=True)
         ]
         lent_at = time.monotonic()
-        scores = scoring.score_rows(snapshot.bundle, rows)
-        ended = time.monotonic()
-        return [
-            Answer(
-                score_C, row.profile.lent, scoring.history(snapshot.bundle, row)[2], is_late,
-                {"queue": began - task.came, "lend": lent_at - began, "score": ended - lent_at},
-            )
-            for task, row, score_C, is_late in zip(tasks, rows, scores, late, strict=True)
-        ]  # fmt: skip
+        for part in in_parts(rows):
+            scores = scoring.score_rows(snapshot.bundle, rows[part])
+            ended = time.monotonic()
+            for task, row, score_C, is_late in zip(tasks[part], rows[part], scores, late[part], strict=True):
+                yield Answer(
+                    score_C, row.profile.lent, scoring.room(snapshot.bundle, row), is_late,
+                    {"queue": began - task.came, "lend": lent_at - began, "score": ended - lent_at},
+                )  # fmt: skip
 
     def _lend(self, snapshot: Snapshot, vectors: Sequence[np.ndarray | None]) -> list[Lent | None]:
         head = (snapshot.version, snapshot.lenders_version)
@@ -163,6 +165,16 @@ class Engine:
 def rows_of(task: Task) -> int:
     """How much a task counts among those that wait: one that has nothing to score is looked up all the same."""
     return max(1, len(task.row.target_C))
+
+
+def in_parts(rows: Sequence[scoring.Row]) -> Iterator[slice]:
+    """Rows that are scored together, in order: about as many items as a batch holds."""
+    begin = count = 0
+    for end, row in enumerate(rows, start=1):
+        count += len(row.target_C)
+        if count >= scoring.SIZES[-1] or len(row.target_C) > scoring.FEW or end == len(rows):
+            yield slice(begin, end)
+            begin, count = end, 0
 
 
 def by_snapshot(
@@ -206,13 +218,16 @@ def warm_up(snapshot: Snapshot) -> None:
         cap = int(config["retrieval"]["history"])
         numbers(bundle.known, -1, nothing_L, nothing_L.astype(np.int8), target_C, cap=cap, size=size)
     for length in scoring.lengths(bundle):
-        for size in scoring.SIZES:
-            number_B, weight_B = np.zeros(size, np.int32), np.zeros(size, np.float32)
-            history_BL = np.zeros((size, length), np.int32)
-            marks_BL = np.zeros((size, length), np.int8) if marked else None
-            dense_BJ = np.zeros((size, width), np.float32) if width else None
-            batch = CtrBatch(number_B, number_B, weight_B, weight_B, history_BL, history_BL > 0, marks_BL, dense_BJ)
-            objective.score(bundle.model, bundle.params, bundle.statistics, bundle.tables, [batch])
+        for rows, targets in (*((size, size) for size in scoring.SIZES), (1, objective.CANDIDATES)):
+            user_B, target_B = np.zeros(rows, np.int32), np.zeros(targets, np.int32)
+            weight_B, history_BL = np.zeros(rows, np.float32), np.zeros((rows, length), np.int32)
+            marks_BL = history_BL.astype(np.int8) if marked else None
+            dense_BJ = np.zeros((targets, width), np.float32) if width else None
+            batch = CtrBatch(user_B, target_B, weight_B, weight_B, history_BL, history_BL > 0, marks_BL, dense_BJ)
+            if rows == 1:
+                scoring.score_alone(bundle, batch, 1).block_until_ready()
+            else:
+                objective.score(bundle.model, bundle.params, bundle.statistics, bundle.tables, [batch])
     if len(snapshot.lenders.user_index.user_P):
         for size in lending.SIZES:
             lend(snapshot.lenders, config, np.ones((size, snapshot.lenders.centre_D.shape[0]), np.float32))

@@ -11,6 +11,7 @@ from marsjax.serving.people import Known
 
 SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.025, 0.05, 0.1, 0.25, 1.0)
 AGES = (1, 5, 15, 30, 60, 120, 300, 1200, 3600, 86400)
+STAGES = ("lookup", "queue", "lend", "score", "total")
 ROUTES = ("/v1/score", "/v1/augment", "/v1/events", "/healthz", "/readyz", "/metrics", "/explain", "/openapi.json")
 
 
@@ -21,9 +22,10 @@ class Measures:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("marsjax_requests", "Answers.", ("route", "status"), registry=registry)
         self.stages = Histogram(
-            "marsjax_stage_seconds", "Time by stage: lookup, queue, lend, score, total.", ("stage",), registry=registry,
+            "marsjax_stage_seconds", f"Time by stage: {', '.join(STAGES)}.", ("stage",), registry=registry,
             buckets=SECONDS,
         )  # fmt: skip
+        self.seconds = {stage: self.stages.labels(stage) for stage in STAGES}
         self.fallbacks = Counter(
             "marsjax_fallbacks",
             "Scores without what MARS would lend: store, unknown_user, no_vector, empty_index, late; and unseen_item.",
@@ -52,7 +54,7 @@ class Measures:
     def scored(self, answer: Answer, known: Known, unseen: list[int], seconds: float) -> None:
         """Counts what a request went through."""
         for stage, value in (*answer.seconds.items(), ("total", seconds)):
-            self.stages.labels(stage).observe(value)
+            self.seconds[stage].observe(value)
         reason = "late" if answer.late else known.fallback
         for name in ([reason] if reason else []) + (["unseen_item"] if unseen else []):
             self.fallbacks.labels(name).inc()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from marsjax.ctr import objective
@@ -19,6 +21,8 @@ log = logging.getLogger(__name__)
 # Rows of a batch: a few shapes are compiled, and the smallest that fits is used. Not more: what a DIN computes between
 # its layers for 128 rows and 200 entries still fits a cache, and eight such batches take a fifth of one of 1,024 rows.
 SIZES = (32, 128)
+FEW = 16  # items of a row that share a batch with others; more have the history gathered once for all
+ONE = np.ones(1, np.float32)
 LENGTH_STEP = 25  # histories are padded to a multiple of it, or to the cap
 
 
@@ -103,38 +107,92 @@ def score(bundle: Bundle, requests: Sequence[Request]) -> list[np.ndarray]:
 
 def lengths(bundle: Bundle) -> tuple[int, ...]:
     """History lengths that are compiled, ascending; the last one is the cap."""
-    cap = int(bundle.manifest["config"]["ctr"]["cap"])
+    cap = _cap(bundle)
     return (*range(LENGTH_STEP, cap, LENGTH_STEP), cap)
 
 
+def _cap(bundle: Bundle) -> int:
+    return int(bundle.manifest["config"]["ctr"]["cap"])
+
+
 def score_rows(bundle: Bundle, rows: Sequence[Row]) -> list[np.ndarray]:
-    """Click probabilities [C] float32 of each row's items. Rows of about one length share batches of a few shapes."""
-    bounds = lengths(bundle)
-    length_X = np.array([len(history(bundle, row)[0]) for row in rows], np.int64)
-    bucket_X = np.searchsorted(bounds, length_X)
+    """Click probabilities [C] float32 of each row's items. A row of many items has a batch of its own; those of few,
+    and of about one length, share batches of a few shapes."""
+    bounds, histories = lengths(bundle), [history(bundle, row) for row in rows]
+    bucket_X = np.searchsorted(bounds, [len(item_L) for item_L, _, _ in histories])
     out = [np.zeros(len(row.target_C), np.float32) for row in rows]
-    for bucket in np.unique(bucket_X):
-        member_X = np.flatnonzero(bucket_X == bucket).tolist()
-        count_X = np.array([len(rows[x].target_C) for x in member_X])
-        batches = make_batches(bundle, [rows[x] for x in member_X], int(bounds[bucket]))
+    small: dict[int, list[int]] = {}
+    on_the_way: collections.deque[tuple[int, slice, jax.Array]] = collections.deque()
+
+    def wait() -> None:
+        x, part, score_C = on_the_way.popleft()
+        out[x][part] = np.asarray(score_C)[: part.stop - part.start]
+
+    for x, (row, bucket) in enumerate(zip(rows, bucket_X.tolist(), strict=True)):
+        if len(row.target_C) <= FEW:
+            small.setdefault(bucket, []).append(x)
+            continue
+        for part, score_C in _score_alone(bundle, row, histories[x], bounds[bucket]):
+            on_the_way.append((x, part, score_C))
+            if len(on_the_way) > objective.AHEAD:
+                wait()
+    for bucket, members in small.items():
+        count_X = [len(rows[x].target_C) for x in members]
+        batches = make_batches(bundle, [rows[x] for x in members], bounds[bucket])
         score_B = objective.score(bundle.model, bundle.params, bundle.statistics, bundle.tables, batches)
-        for x, part_C in zip(member_X, np.split(score_B, np.cumsum(count_X)[:-1]), strict=True):
+        for x, part_C in zip(members, np.split(score_B, np.cumsum(count_X)[:-1]), strict=True):
             out[x] = part_C
+    while on_the_way:
+        wait()
     return out
+
+
+def _score_alone(
+    bundle: Bundle, row: Row, found: tuple[np.ndarray, np.ndarray, int], length: int
+) -> Iterator[tuple[slice, jax.Array]]:
+    """Scores of parts of a row's items, on their way; `found` is its history, and `length` what it is padded to."""
+    item_L, mark_L, extra = found
+    history_BL, borrowed_BL = np.zeros((1, length), np.int32), np.zeros((1, length), bool)
+    history_BL[0, : len(item_L)] = item_L
+    borrowed_BL[0, :extra] = item_L[:extra] > 0
+    mark_BL = None
+    if bundle.manifest["config"]["ctr"]["inputs"] == "strong":
+        mark_BL = np.zeros((1, length), np.int8)
+        mark_BL[0, : len(item_L)] = mark_L * (item_L > 0)
+    user_B, dense_CJ = np.array([shown_user(bundle, row.profile.user) + 1], np.int32), _numbers(bundle, [row])
+    for begin in range(0, len(row.target_C), objective.CANDIDATES):
+        part = slice(begin, min(begin + objective.CANDIDATES, len(row.target_C)))
+        target_C = np.zeros(objective.CANDIDATES, np.int32)
+        target_C[: part.stop - begin] = row.target_C[part]
+        dense_BJ = None if dense_CJ is None else _padded(dense_CJ[part], objective.CANDIDATES)
+        batch = CtrBatch(user_B, target_C, ONE, ONE, history_BL, borrowed_BL, mark_BL, dense_BJ)
+        yield part, score_alone(bundle, batch, part.stop - begin)
+
+
+def score_alone(bundle: Bundle, batch: CtrBatch, count: int) -> jax.Array:
+    """See `objective.probabilities_of_one`."""
+    drops = bool(bundle.manifest["lends"]["drop_target"])
+    return objective.probabilities_of_one(
+        bundle.model, bundle.params, bundle.statistics, batch, np.int32(count), bundle.tables, drop_target=drops
+    )
 
 
 def history(bundle: Bundle, row: Row) -> tuple[np.ndarray, np.ndarray, int]:
     """The augmented history of Eq. 18, cut to the cap such that own entries survive: items [L], marks [L], and how many
     of them are borrowed. With `time_safe` what a donor met later than the row is blanked."""
-    cap = lengths(bundle)[-1]
+    cap, extra = _cap(bundle), room(bundle, row)
     item_L, mark_L, lent = row.profile.item_L[-cap:], row.profile.mark_L[-cap:], row.profile.lent
-    extra = min(cap - len(item_L), len(lent.item_S))
     part = slice(len(lent.item_S) - extra, None)
     item_S, mark_S = lent.item_S[part], lent.mark_S[part]
     if bundle.manifest["lends"]["time_safe"] and row.time is not None:
         kept_S = lent.time_S[part] <= row.time
         item_S, mark_S = np.where(kept_S, item_S, 0), np.where(kept_S, mark_S, 0)
     return np.concatenate([item_S, item_L]), np.concatenate([mark_S, mark_L]), extra
+
+
+def room(bundle: Bundle, row: Row) -> int:
+    """How many of the borrowed items find room in the history."""
+    return min(max(_cap(bundle) - len(row.profile.item_L), 0), len(row.profile.lent.item_S))
 
 
 def make_batches(
@@ -191,4 +249,6 @@ def _numbers(bundle: Bundle, rows: Sequence[Row]) -> np.ndarray | None:
 
 
 def _padded(value: np.ndarray, size: int) -> np.ndarray:
-    return np.pad(value, [(0, size - len(value))] + [(0, 0)] * (value.ndim - 1))
+    out = np.zeros((size, *value.shape[1:]), value.dtype)  # np.pad takes ten times as long
+    out[: len(value)] = value
+    return out

@@ -30,6 +30,7 @@ from marsjax import __version__
 from marsjax.evaluation import page
 from marsjax.serving import explaining, limits, people, scoring, snapshots
 from marsjax.serving.bundle import item_numbers
+from marsjax.serving.direct import Direct, json_error
 from marsjax.serving.engine import Answer, Compilations, Engine, Snapshot, Task, warm_up
 from marsjax.serving.events import LARGEST, LONGEST_ID, Event, encode_event
 from marsjax.serving.measures import Measures
@@ -149,11 +150,32 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
         }.items()
     }  # fmt: skip
     refused: dict[int | str, dict[str, Any]] = {401: {"model": Failure, "description": "a token is needed"}}
+
+    async def score(request: ScoreRequest) -> Response:
+        """Click probabilities of candidates, with what the user borrows."""
+        snapshot = state.ready()
+        at = request.context.time if request.context else None
+        answer, known = await state.score(snapshot, request.user, request.candidates, request.history, at)
+        donors = answer.lent.donor_S[len(answer.lent.donor_S) - answer.borrowed :]
+        raw_user_U = snapshot.bundle.users.raw_user_U
+        return JSONResponse(
+            {
+                "scores": answer.score_C.tolist(),
+                "version": snapshot.version,
+                "lenders": snapshot.lenders_version,
+                "donor": _name(raw_user_U, donors[-1]) if len(donors) else None,
+                "borrowed": answer.borrowed,
+                "fallback": "late" if answer.late else known.fallback,
+                "unseen": known.unseen,
+            }
+        )
+
     app = FastAPI(
         title="marsjax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         description="Click probabilities with what low-active users borrow (MARS, arXiv 2509.01184).",
     )  # fmt: skip
     app.state.marsjax = state
+    app.add_middleware(Direct, path="/v1/score", model=ScoreRequest, answer=score, failed=json_error)
     app.add_middleware(limits.Limits, most_bytes=settings.most_bytes, rate=settings.rate, heard=state.measures.answered)
     may_send, may_look = _needs_token(EVENTS_TOKEN), _needs_token(ADMIN_TOKEN)
 
@@ -165,33 +187,15 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
         return JSONResponse({"error": f"{where}: {first['msg']}; see /openapi.json"}, code)
 
     @app.exception_handler(StarletteError)
-    async def failed(_: Request, error: StarletteError) -> JSONResponse:
-        return JSONResponse({"error": str(error.detail)}, error.status_code, headers=error.headers)
+    async def failed(_: Request, error: StarletteError) -> Response:
+        return json_error(error)
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> JSONResponse:
         log.error("a request failed", exc_info=error)
         return JSONResponse({"error": "the service failed; its log says why"}, 500)
 
-    @app.post("/v1/score", response_model=ScoreResponse, responses=failures)
-    async def score(request: ScoreRequest) -> Response:
-        """Click probabilities of candidates, with what the user borrows."""
-        snapshot = state.ready()
-        at = request.context.time if request.context else None
-        answer, known = await state.score(snapshot, request.user, request.candidates, request.history, at)
-        donors = answer.lent.donor_S[len(answer.lent.donor_S) - answer.borrowed :]
-        raw_user_U = snapshot.bundle.users.raw_user_U
-        return JSONResponse(
-            {
-                "scores": [float(p) for p in answer.score_C],
-                "version": snapshot.version,
-                "lenders": snapshot.lenders_version,
-                "donor": _name(raw_user_U, donors[-1]) if len(donors) else None,
-                "borrowed": answer.borrowed,
-                "fallback": "late" if answer.late else known.fallback,
-                "unseen": known.unseen,
-            }
-        )
+    app.post("/v1/score", response_model=ScoreResponse, responses=failures)(score)
 
     # As the page it shows what users did, the donors too.
     @app.post(
@@ -377,14 +381,15 @@ class State:
         loop, began = asyncio.get_running_loop(), time.monotonic()
         try:
             call = loop.run_in_executor(self.readers, self.storage.lookup, user, version)
-            found = await asyncio.wait_for(call, self.settings.store_deadline)
+            async with asyncio.timeout(self.settings.store_deadline):
+                found = await call
         except (StorageError, TimeoutError) as error:
             if time.monotonic() >= self._store_out_until:
                 log.warning("the store did not answer and is left alone for a while: %s", error or "too slow")
             self._store_out_until = time.monotonic() + self.settings.store_pause
             self.measures.store_failures.inc()
             return None
-        self.measures.stages.labels("lookup").observe(time.monotonic() - began)
+        self.measures.seconds["lookup"].observe(time.monotonic() - began)
         return found
 
     async def score(
