@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from marsjax import files
 from marsjax.records import LOW
 from marsjax.serving import bundle as serving
-from marsjax.serving import engine, runner, scoring, service, snapshots, versions
+from marsjax.serving import engine, lending, runner, scoring, service, snapshots, versions
 from marsjax.serving.storage import RUNNER, StorageError, open_storage
 
 
@@ -331,6 +331,48 @@ def test_what_has_nothing_to_score_counts_among_what_waits(root, bundle, monkeyp
     made.close()
     assert sizes == [1, 2, 1]
     assert made._rows == 0
+
+
+def test_what_is_remembered_goes_with_the_vector_the_donors_and_the_model(root, bundle, monkeypatch):
+    """What a user borrows is looked up once, and again as soon as anything that it is made of is another."""
+    snapshot, made = snapshots.load(root, snapshots.wanted(root), None), engine.Engine(most_rows=1000)
+    lend, looked_up = engine.lend, []
+
+    def counting(lenders, config, user_QD):
+        looked_up.append(len(user_QD))
+        return lend(lenders, config, user_QD)
+
+    monkeypatch.setattr(engine, "lend", counting)
+
+    def ask(snapshot, *vectors):
+        profile, later = scoring.Profile(0, *scoring.own_history(bundle, 0)), time.monotonic() + 60
+        tasks = [engine.Task(snapshot, scoring.Row(profile, np.ones(3, np.int32)), v, later, 0.0) for v in vectors]
+        looked_up.clear()
+        return [answer.lent for answer in made.answer(tasks)], sum(looked_up)
+
+    low_U = np.flatnonzero((bundle.users.group_U == LOW) & (np.diff(bundle.users.borrowed_U1) > 0))
+    one, other = bundle.users.user_UD[low_U[:2]]
+    (first,), count = ask(snapshot, one)
+    assert count == 1
+    assert len(first.item_S) > 0
+    both, count = ask(snapshot, one, other)  # one of them is new
+    assert count == 1
+    for lent, vector_D in zip(both, (one, other), strict=True):
+        (expected,) = lend(snapshot.lenders, bundle.manifest["config"], vector_D[None])
+        np.testing.assert_array_equal(lent.item_S, expected.item_S)
+        np.testing.assert_array_equal(lent.donor_S, expected.donor_S)
+    changed = one + np.float32(1e-3)  # the user did something more
+    assert ask(snapshot, changed)[1] == 1
+    assert ask(snapshot, one, other, changed)[1] == 0
+    index, gone = snapshot.lenders.user_index, first.donor_S[-1]
+    left_P = index.user_P != gone
+    fewer = snapshot.lenders._replace(
+        user_index=lending.retrieval.build_index(index.unit_PD[left_P], index.user_P[left_P])
+    )
+    (lent,), count = ask(snapshot._replace(lenders=fewer, lenders_version="000001"), one)
+    assert (count, gone in lent.donor_S) == (1, False)
+    assert ask(snapshot._replace(version="000009-another"), one)[1] == 1
+    made.close()
 
 
 def test_what_comes_too_late_is_scored_without_a_loan(root, storage, bundle):
