@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+import urllib.request
 
 import pytest
 import schemathesis
@@ -38,12 +39,13 @@ def schema(bundle_folder, tmp_path_factory):
     thread.start()
     until = time.monotonic() + 120
     address = f"http://127.0.0.1:{line.getsockname()[1]}"
-    found = None
-    while found is None and time.monotonic() < until:
-        with contextlib.suppress(Exception):
-            found = schemathesis.openapi.from_url(f"{address}/openapi.json")
+    ready = False
+    while not ready:  # before, 503 is what the document says
+        assert time.monotonic() < until
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/readyz") as answer:
+            ready = answer.status == 200
         time.sleep(0.1)
-    yield found
+    yield schemathesis.openapi.from_url(f"{address}/openapi.json")
     server.should_exit = True
     thread.join(30)
     storage.close()
