@@ -120,4 +120,4 @@ def test_an_audit_that_can_ask_nobody_says_that_it_was_skipped():
     assert "SKIPPED, nothing was audited" in run.stderr
     assert "done" not in run.stdout
     assert "\ntools/audit\n" in (root / ".ci" / "run").read_text()
-    assert "pip-audit -r requirements.lock" in (root / "CONTRIBUTING.md").read_text()
+    assert "pip-audit -r FILE" in (root / "CONTRIBUTING.md").read_text()
