@@ -116,6 +116,19 @@ def rbf_kernel(square_NM: jax.Array, gamma2: jax.Array) -> jax.Array:
     return jnp.exp(-square_NM / (2.0 * gamma2))
 
 
+def _pairs_once(value_NN: jax.Array) -> jax.Array:
+    """Each pair of a symmetric matrix once, not twice: half of its values, with the same lower median.
+
+    They are the upper right block, the lower triangle of the upper left one and the upper triangle of the lower right
+    one, which share a square. The diagonals share one too, so the caller must leave them out.
+    """
+    odd = len(value_NN) % 2
+    value_NN = jnp.pad(value_NN, ((0, odd), (0, odd)))  # False where it is a mask
+    h = len(value_NN) // 2
+    triangles = jnp.where(jnp.tri(h, k=-1, dtype=bool), value_NN[:h, :h], value_NN[h:, h:])
+    return jnp.concatenate([value_NN[:h, h:], triangles])
+
+
 def _centred(x_ND: jax.Array, mask_N: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Centred samples, the kernel of the valid pairs without its diagonal, gamma^2 and the mask as float."""
     keep_N = mask_N.astype(jnp.float32)
@@ -124,7 +137,7 @@ def _centred(x_ND: jax.Array, mask_N: jax.Array) -> tuple[jax.Array, jax.Array, 
     x_ND = (x_ND - mean_1D) * keep_N[:, None]
     pair_NN = (keep_N[:, None] * keep_N[None, :]).astype(bool) & ~jnp.eye(x_ND.shape[0], dtype=bool)
     square_NN = squared_distances(x_ND, x_ND)
-    gamma2 = squared_bandwidth(square_NN, pair_NN)
+    gamma2 = squared_bandwidth(_pairs_once(square_NN), _pairs_once(pair_NN))
     kernel_NN = jnp.where(pair_NN, rbf_kernel(square_NN, gamma2), 0.0)
     return x_ND, kernel_NN, gamma2, keep_N
 
@@ -137,10 +150,13 @@ def stein_score(x_ND: jax.Array, mask_N: jax.Array, *, eta: float = 0.1) -> jax.
     about 0.3 to 0.5 (`tests/stein_test.py`).
     """
     x_ND, kernel_NN, gamma2, keep_N = _centred(x_ND, mask_N)
-    drift_ND = jnp.sum(kernel_NN, axis=1, keepdims=True) * x_ND - jnp.matmul(kernel_NN, x_ND, precision=HIGHEST)
     # A padded row gets 1 on the diagonal and nothing else, so it decouples from the solve.
     system_NN = kernel_NN + (1.0 + eta) * jnp.eye(x_ND.shape[0], dtype=jnp.float32)
-    factor_NN = lax.linalg.cholesky(system_NN, symmetrize_input=False)  # reads the lower triangle
+    # Whatever stands on the diagonal cancels in the drift, so K is not made beside the system.
+    drift_ND = jnp.sum(system_NN, axis=1, keepdims=True) * x_ND - jnp.matmul(system_NN, x_ND, precision=HIGHEST)
+    # LAPACK wants columns. Of a symmetric matrix the transpose is as good and is that already; otherwise XLA lays out
+    # the kernel by columns too, and reads all that it is made of across the lines of the cache.
+    factor_NN = lax.linalg.cholesky(system_NN.T, symmetrize_input=False)  # reads the lower triangle
     return -jax.scipy.linalg.cho_solve((factor_NN, True), drift_ND / gamma2) * keep_N[:, None]
 
 

@@ -124,6 +124,18 @@ def test_median_is_exact_whatever_the_values_are(kind, count):
     assert float(found) == np.sort(value[valid])[(valid.sum() - 1) // 2]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9])
+def test_half_of_the_pairs_has_the_median_of_all(count):
+    rng = np.random.default_rng(count)
+    value_NN = rng.random((count, count)).astype(np.float32)
+    value_NN = np.maximum(value_NN, value_NN.T)
+    keep_N = np.arange(count) != 1
+    pair_NN = keep_N[:, None] & keep_N[None] & ~np.eye(count, dtype=bool)
+    once = stein._pairs_once(jnp.asarray(value_NN)), stein._pairs_once(jnp.asarray(pair_NN))
+    assert 2 * once[1].sum() == pair_NN.sum()
+    assert stein.median(*once) == stein.median(jnp.asarray(value_NN), jnp.asarray(pair_NN))
+
+
 def test_median_takes_negative_zero_for_zero():
     value = jnp.asarray([[-0.0, 1.0]])
     assert float(stein.median(value, jnp.ones_like(value, bool))) == 0
