@@ -86,7 +86,7 @@ EXTRAS = {
 # Files that are made of one optional extra, so that they name its packages at their top; they themselves are imported
 # inside the function that needs them, or by one another.
 MADE_OF = {
-    "serving/service.py": {"fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client"},
+    "serving/service.py": {"fastapi", "uvicorn", "starlette", "pydantic", "pydantic_core", "prometheus_client"},
     "serving/direct.py": {"starlette", "pydantic"},  # a layer in front of the service
     "serving/measures.py": {"prometheus_client"},
     "serving/redis_storage.py": {"redis"},

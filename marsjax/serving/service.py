@@ -24,6 +24,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException as StarletteError
 
 from marsjax import __version__
@@ -158,17 +159,16 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
         answer, known = await state.score(snapshot, request.user, request.candidates, request.history, at)
         donors = answer.lent.donor_S[len(answer.lent.donor_S) - answer.borrowed :]
         raw_user_U = snapshot.bundle.users.raw_user_U
-        return JSONResponse(
-            {
-                "scores": answer.score_C.tolist(),
-                "version": snapshot.version,
-                "lenders": snapshot.lenders_version,
-                "donor": _name(raw_user_U, donors[-1]) if len(donors) else None,
-                "borrowed": answer.borrowed,
-                "fallback": "late" if answer.late else known.fallback,
-                "unseen": known.unseen,
-            }
-        )
+        found = {
+            "scores": answer.score_C.tolist(),
+            "version": snapshot.version,
+            "lenders": snapshot.lenders_version,
+            "donor": _name(raw_user_U, donors[-1]) if len(donors) else None,
+            "borrowed": answer.borrowed,
+            "fallback": "late" if answer.late else known.fallback,
+            "unseen": known.unseen,
+        }
+        return Response(to_json(found), media_type="application/json")  # a tenth of json's time
 
     app = FastAPI(
         title="marsjax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
