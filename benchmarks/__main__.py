@@ -44,6 +44,10 @@ BENCHMARKS = {
         "how long does a request take, for 1, 8 and 32 clients, and what does augmentation add?",
         quick=("--requests=100",), needs="bundle",
     ),
+    "serving_backends": Benchmark(
+        "how long does a request take where PyTorch or ONNX Runtime scores in the same service?",
+        quick=("--requests=100", "--blocks=3"), needs="bundle",
+    ),
     "serving_parity": Benchmark(
         "are scores of the service those of `marsjax score`?", quick=("--requests=200",), needs="bundle"
     ),

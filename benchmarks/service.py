@@ -21,6 +21,7 @@ from marsjax import files
 from marsjax.provenance import current_commit, machine_description
 
 HOST = "127.0.0.1"
+MARSJAX = ("marsjax.main",)
 
 
 class Answer(NamedTuple):
@@ -38,9 +39,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def process(command: str, root: pathlib.Path, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
-    """`marsjax serve` or `marsjax runner`, stopped at the end."""
-    started = start(command, root, **settings)
+def process(
+    command: str, root: pathlib.Path, program: Sequence[str] = MARSJAX, /, **settings: object
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`marsjax serve` or `marsjax runner`, stopped at the end. See `start`."""
+    started = start(command, root, program, **settings)
     try:
         yield started
     finally:
@@ -52,11 +55,14 @@ def process(command: str, root: pathlib.Path, **settings: object) -> Iterator[su
             started.wait()
 
 
-def start(command: str, root: pathlib.Path, **settings: object) -> subprocess.Popen[bytes]:
-    """`marsjax serve` or `marsjax runner`."""
+def start(
+    command: str, root: pathlib.Path, program: Sequence[str] = MARSJAX, /, **settings: object
+) -> subprocess.Popen[bytes]:
+    """`marsjax serve` or `marsjax runner`; `program` is a module that takes their flags too, and flags of its own."""
     flags = [f"--config.serving.{name}={value}" for name, value in settings.items()]
     log = open(root / f"{command}.log", "ab")  # noqa: SIM115 - the process keeps it
-    return subprocess.Popen([sys.executable, "-m", "marsjax.main", command, f"--root={root}", *flags], stderr=log)
+    module, *own = program
+    return subprocess.Popen([sys.executable, "-m", module, command, *own, f"--root={root}", *flags], stderr=log)
 
 
 class Connection:

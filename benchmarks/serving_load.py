@@ -22,7 +22,7 @@ import pathlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +37,14 @@ CASES: dict[str, dict[str, object]] = {
     "cold": {"live": "true", "cache": "false"},
 }
 CLIENTS = (1, 8, 32)
-SLOW = {"deadline_ms": 1e6, "store_deadline_ms": 1e4, "rate": 1e9}
+COLUMNS = {
+    "p50": "p50, ms",
+    "p99": "p99, ms",
+    "throughput": "requests a second",
+    "service": "processor time of the service, ms a request",
+    "clients": "processor time of the clients, ms a request",
+}
+SLOW: dict[str, object] = {"deadline_ms": 1e6, "store_deadline_ms": 1e4, "rate": 1e9}
 
 
 class Block(NamedTuple):
@@ -50,31 +57,59 @@ class Block(NamedTuple):
     clients: float  # ms of processor time of the clients for a request
 
 
+class Service(NamedTuple):
+    """One that is asked."""
+
+    settings: dict[str, object]
+    program: Sequence[str] = service.MARSJAX
+
+
+Services = dict[str, tuple[int, subprocess.Popen[bytes]]]  # port and process by case
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = make_parser(__doc__).parse_args()
+    began = time.monotonic()
+    requests = make_requests(arguments.bundle, arguments.candidates)
+    with serving(arguments.bundle, {case: Service(it) for case, it in CASES.items()}, arguments.cores) as services:
+        found = measure(services, requests, size=arguments.requests, blocks=arguments.blocks)
+        compiled = compilations(services)
+    rows = make_rows(found, arguments.candidates)
+    rows.append(service.row("compilations while serving", "all", compiled, None, "", 0))
+    service.write_results(arguments.output, rows, began, module="benchmarks.serving_load")
+
+
+def make_parser(text: str | None) -> argparse.ArgumentParser:
+    """The flags of a benchmark that asks services by turns."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=pathlib.Path, required=True)
     parser.add_argument("--candidates", type=int, default=100)
     parser.add_argument("--requests", type=int, default=400, help="of a block; a quarter of it for one client")
     parser.add_argument("--blocks", type=int, default=11)
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--output", type=pathlib.Path)
-    arguments = parser.parse_args()
-    began = time.monotonic()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])  # what is started inherits it
-    requests = make_requests(arguments.bundle, arguments.candidates)
+    return parser
+
+
+@contextlib.contextmanager
+def serving(bundle: pathlib.Path, cases: dict[str, Service], cores: int) -> Iterator[Services]:
+    """Services of one bundle that are ready, on the first cores of this process, which the clients share with them."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])  # what is started inherits it
     with contextlib.ExitStack() as stack:
         services, root = {}, pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        versions.publish(root, arguments.bundle, keep=1)
-        for case, settings in CASES.items():
+        versions.publish(root, bundle, keep=1)
+        for case, (settings, program) in cases.items():
             port = service.free_port()
-            started = stack.enter_context(service.process("serve", root, port=port, **SLOW, **settings))
+            values = {"port": port, **SLOW, **settings}
+            started = stack.enter_context(service.process("serve", root, program, **values))
             service.wait_ready(port, started)
             services[case] = port, started
-        found = measure(services, requests, size=arguments.requests, blocks=arguments.blocks)
-        compiled = max(service.metrics(port)["marsjax_compilations_while_serving"] for port, _ in services.values())
-    rows = make_rows(found, arguments.candidates)
-    rows.append(service.row("compilations while serving", "all", compiled, None, "", 0))
-    service.write_results(arguments.output, rows, began, module="benchmarks.serving_load")
+        yield services
+
+
+def compilations(services: Services) -> float:
+    """While serving, of the service with most of them."""
+    return max(service.metrics(port)["marsjax_compilations_while_serving"] for port, _ in services.values())
 
 
 def make_requests(bundle: pathlib.Path, candidates: int) -> list[bytes]:
@@ -91,7 +126,7 @@ def make_requests(bundle: pathlib.Path, candidates: int) -> list[bytes]:
 
 
 def measure(
-    services: dict[str, tuple[int, subprocess.Popen[bytes]]], requests: Sequence[bytes], *, size: int, blocks: int
+    services: Services, requests: Sequence[bytes], *, size: int, blocks: int
 ) -> dict[tuple[str, int], list[Block]]:
     """Blocks of the services by turns, by case and number of clients. The first round, in which all are asked for all
     users once, counts nowhere."""
@@ -124,18 +159,39 @@ def make_rows(found: dict[tuple[str, int], list[Block]], candidates: int) -> lis
     """Medians over the blocks, with quartiles. What borrowing adds is a ratio of blocks of one turn."""
     rows = []
     for (case, number), blocks in found.items():
-        label = f"{case}, {number} client{'s' if number > 1 else ''}, {candidates} candidates"
-        for column, unit, target in (
-            ("p50", "p50, ms", None), ("p99", "p99, ms", 25.0 if number == 8 else None),
-            ("throughput", "requests a second", None), ("service", "processor time of the service, ms a request", None),
-            ("clients", "processor time of the clients, ms a request", None),
-        ):  # fmt: skip
-            rows.append(_row(unit, label, [getattr(one, column) for one in blocks], target))
+        label = label_of(case, number, candidates)
+        rows += block_rows(label, blocks, targets={"p99": 25.0} if number == 8 else {})
         if case != "without":
-            pairs = zip(blocks, found["without", number], strict=True)
-            ratios = [one.p50 / other.p50 for one, other in pairs]
-            rows.append(_row("p50 over that without augmentation", label, ratios, 1.3))
+            question = "p50 over that without augmentation"
+            rows.append(ratio_row(question, label, "p50", blocks, found["without", number], target=1.3))
     return rows
+
+
+def label_of(case: str, number: int, candidates: int) -> str:
+    """As rows name blocks."""
+    return f"{case}, {number} client{'s' if number > 1 else ''}, {candidates} candidates"
+
+
+def block_rows(label: str, blocks: Sequence[Block], *, targets: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Each column of the blocks, with what it must not exceed where `targets` has it."""
+    return [
+        _row(question, label, [getattr(one, column) for one in blocks], targets.get(column))
+        for column, question in COLUMNS.items()
+    ]
+
+
+def ratio_row(
+    question: str,
+    label: str,
+    column: str,
+    blocks: Sequence[Block],
+    others: Sequence[Block],
+    *,
+    target: float | None = None,
+) -> dict[str, Any]:
+    """A column of the blocks over that of others, each over the one of its turn."""
+    pairs = zip(blocks, others, strict=True)
+    return _row(question, label, [getattr(one, column) / getattr(other, column) for one, other in pairs], target)
 
 
 def _row(question: str, label: str, values: Sequence[float], target: float | None) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def _score_alone(
     if bundle.manifest["config"]["ctr"]["inputs"] == "strong":
         mark_BL = np.zeros((1, length), np.int8)
         mark_BL[0, : len(item_L)] = mark_L * (item_L > 0)
-    user_B, dense_CJ = np.array([shown_user(bundle, row.profile.user) + 1], np.int32), _numbers(bundle, [row])
+    user_B, dense_CJ = np.array([shown_user(bundle, row.profile.user) + 1], np.int32), dense_numbers(bundle, [row])
     for begin in range(0, len(row.target_C), objective.CANDIDATES):
         part = slice(begin, min(begin + objective.CANDIDATES, len(row.target_C)))
         target_C = np.zeros(objective.CANDIDATES, np.int32)
@@ -210,7 +210,7 @@ def make_batches(
     target_B = np.concatenate([row.target_C for row in rows]).astype(np.int32)
     label_B = np.concatenate([np.zeros(len(row.target_C)) if row.label_C is None else row.label_C for row in rows])
     user_B = np.array([shown_user(bundle, row.profile.user) for row in rows], np.int32)[row_B] + 1
-    dense_BJ = _numbers(bundle, rows)
+    dense_BJ = dense_numbers(bundle, rows)
     marked = bundle.manifest["config"]["ctr"]["inputs"] == "strong"
     for begin in range(0, len(row_B), sizes[-1]):
         part = slice(begin, begin + sizes[-1])
@@ -234,7 +234,8 @@ def shown_user(bundle: Bundle, user: int) -> int:
     return -1 if hidden else user
 
 
-def _numbers(bundle: Bundle, rows: Sequence[Row]) -> np.ndarray | None:
+def dense_numbers(bundle: Bundle, rows: Sequence[Row]) -> np.ndarray | None:
+    """The numbers [X, J] float32 of all items of the rows, in order; None where the model reads none."""
     if not rows or not dense_width(bundle.known):
         return None
     cap, parts = int(bundle.manifest["config"]["retrieval"]["history"]), []
