@@ -6,6 +6,7 @@ Annotations are evaluated here, since FastAPI reads those of the routes, which n
 import asyncio
 import contextlib
 import functools
+import gc
 import hmac
 import json
 import logging
@@ -343,6 +344,9 @@ class State:
             try:
                 found = await asyncio.to_thread(self.look)
                 if found is not None:
+                    if self.snapshot is None:  # what is loaded by now stays; each full collection would visit it all
+                        gc.collect()
+                        gc.freeze()
                     self.snapshot = found
             except Exception:
                 log.exception("looking for another version failed")
