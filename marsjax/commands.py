@@ -303,7 +303,7 @@ def serve(config: ConfigDict, *, root: pathlib.Path | None) -> None:
     )
     storage = _storage(config, root, timeout=max(settings.store_deadline, 0.001))
     # One thread scores, in parts that stay in the cache of one core; XLA would spread each over all cores, which takes
-    # half as much processor time again and gains nothing beside a loop that answers. Read when the first array is made.
+    # more of their time and gains nothing beside a loop that answers. Read when the first array is made.
     os.environ.setdefault("NPROC", "1")
     # Whatever thread has the interpreter gives it up after 5 ms otherwise: longer than a request takes.
     sys.setswitchinterval(0.0005)

@@ -57,6 +57,28 @@ def test_the_page_of_features_quotes_the_committed_results(features, method):
     assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "features.md").read_text()
 
 
+@pytest.mark.parametrize("clients", [1, 8, 32])
+@pytest.mark.parametrize(
+    ("name", "cases", "over"),
+    [
+        ("serving_load", ("without", "warm", "cold"), "p50 over that without augmentation"),
+        ("serving_backends", ("marsjax", "torch", "onnx"), "p50, over that of marsjax"),
+    ],
+)
+def test_the_page_of_serving_quotes_the_committed_results(name, cases, over, clients):
+    rows = {(row["question"], row["case"]): row for row in read(name)["rows"]}
+    for case in cases:
+        found = {q: row for (q, of), row in rows.items() if of.startswith(f"{case}, {clients} client")}
+        cells = [case, str(clients)]
+        for question in ("p50, ms", "p99, ms"):
+            low, high = found[question]["quartiles"]
+            cells.append(f"{found[question]['ours']:.1f} [{low:.1f}, {high:.1f}]")
+        cells.append(f"{found['requests a second']['ours']:.0f}")
+        cells.append(f"{found['processor time of the service, ms a request']['ours']:.1f}")
+        cells.append(f"{found[over]['ours']:.2f}" if over in found else "")
+        assert f"| {' | '.join(cells)} |" in (ROOT / "docs" / "serving.md").read_text()
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_results_have_the_keys_that_other_programs_read(path):
     results = json.loads(path.read_text())

@@ -169,7 +169,7 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
             "fallback": "late" if answer.late else known.fallback,
             "unseen": known.unseen,
         }
-        return Response(to_json(found), media_type="application/json")  # a tenth of json's time
+        return Response(to_json(found), media_type="application/json")  # json takes ten times as long
 
     app = FastAPI(
         title="marsjax", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
