@@ -14,8 +14,8 @@ bfloat16 and float32: the same step with `ctr.dtype`, in one process on the devi
 there is one), and the validation AUC of both after a training on the planted data, for `--seeds` seeds. A CPU without
 instructions for bfloat16 converts it, and is slower with it.
 
-Asserted beside the time: losses and parameters after some steps are those of one device, to 1e-5 of the largest number
-of an array, and the AUC of bfloat16 is no more than 0.01 below that of float32.
+Asserted beside the time: losses of some steps are those of one device to 1e-5, the parameters after them to 1e-3 of the
+largest number of an array, and the AUC of bfloat16 is no more than 0.01 below that of float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ import numpy as np
 from benchmarks import harness, input_pipeline
 
 TARGET = 1 / 1.3
-TOLERANCE = 1e-5  # of the largest number of an array
+TOLERANCE = 1e-3  # of the largest number of an array: where a gradient is nearly 0, AdamW makes a step of its rounding
+LOSS_TOLERANCE = 1e-5
 WORST_AUC = 0.01  # that bfloat16 may lose
 STEPS = 20  # before parameters are compared
 SEED = 0
@@ -221,9 +222,7 @@ def difference(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -
 def check(name: str, found: float, most: float = TOLERANCE) -> float:
     """Stops where parameters differ by more than they may."""
     if not found <= most:
-        raise SystemExit(
-            f"{name}: expected the parameters of one device to {most:g}, found a difference of {found:.2g}"
-        )
+        raise SystemExit(f"{name}: expected what one device has to {most:g}, found a difference of {found:.2g}")
     return found
 
 
@@ -254,7 +253,11 @@ def device_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for name, side in sides.items()
             }
             for name, found in losses.items():
-                check(f"losses, length {length}, {name}", float(np.abs(np.subtract(found, losses["single"])).max()))
+                check(
+                    f"losses, length {length}, {name}",
+                    float(np.abs(np.subtract(found, losses["single"])).max()),
+                    LOSS_TOLERANCE,
+                )
             times = timed(sides, arguments)
         finally:
             for side in sides.values():

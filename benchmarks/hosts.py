@@ -12,7 +12,7 @@ with two devices, from the start of Python to the end, with all that is compiled
 The floor of the sums: every gradient goes to the other process and comes back, all of it, since an embedding table
 has a dense gradient. The table says how many bytes that are in a step.
 
-Asserted beside the time: parameters after some steps, and at the end of the training, are those of one process to 1e-5
+Asserted beside the time: parameters after some steps, and at the end of the training, are those of one process to 1e-3
 and 1e-4 of the largest number of an array, both processes hold the same to the bit, and the validation AUC is the same
 to 1e-3.
 """
