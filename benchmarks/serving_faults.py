@@ -56,6 +56,8 @@ def kills(bundle: Bundle, folder: pathlib.Path, count: int, redis: bool) -> list
         during = 0
         for number in range(count):
             allowed[0] = most * (number + 0.5) / count  # what waits when the runner comes up
+            while len(sent) < allowed[0]:
+                time.sleep(0.01)
             worker = service.start("runner", folder, **settings)
             before, until = storage.backlog(RUNNER), time.monotonic() + 120
             while storage.backlog(RUNNER) >= before and time.monotonic() < until:  # until it is at work
