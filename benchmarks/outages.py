@@ -36,6 +36,7 @@ class Load:
         self.without: list[str | None] = []  # why nothing was borrowed
         self.sent: list[Event] = []  # acknowledged
         self.refused = 0  # batches that got no 202
+        self.wrong = ""  # what the service said against an event
         self._bundle, self._port, self._stop = bundle, port, threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(client,)) for client in range(clients)]
         self._threads.append(threading.Thread(target=self._send))
@@ -59,10 +60,14 @@ class Load:
             batch = [stores.drawn(self._bundle, rng, number + i) for i in range(5)]
             while not self._stop.is_set():
                 with contextlib.suppress(OSError, http.client.HTTPException):  # no answer is none either
-                    body = {"events": [event._asdict() for event in batch]}
-                    if connection.call("POST", "/v1/events", body).status == 202:
+                    body = {"events": [event._asdict() | {"label": int(event.label)} for event in batch]}
+                    answer = connection.call("POST", "/v1/events", body)
+                    if answer.status == 202:
                         self.sent += batch
                         break
+                    if answer.status < 500:  # it will say so for ever
+                        self.wrong = f"the service answered {answer.status} to events: {answer.body}"
+                        return
                 self.refused += 1
                 self._stop.wait(0.1)
             number += len(batch)
@@ -224,7 +229,9 @@ def _disk(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, bool]]:
 def _wait_for_more(load: Load, storage: Storage, *, events: int = 50) -> None:
     """Until so many more events are taken, and were in the hands of the runner."""
     sent = len(load.sent)
-    _wait(lambda: len(load.sent) >= sent + events, "no events are taken any more")
+    _wait(lambda: len(load.sent) >= sent + events or bool(load.wrong), "no events are taken any more")
+    if load.wrong:
+        raise RuntimeError(load.wrong)
     _wait(lambda: storage.backlog(RUNNER) < 500, "the runner takes no events any more")
 
 
