@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -21,6 +23,7 @@ from marsjax.features.signature import Options
 from marsjax.features.text import columns_of, render
 from marsjax.features.tfidf import make_tfidf
 
+ROOT = pathlib.Path(__file__).parent.parent
 CATS = "the cat sat on the mat", "cat and mat", "cat on mat"
 STARS = "the stars of night", "night sky and stars", "stars of sky"
 
@@ -100,6 +103,36 @@ def test_a_changed_corpus_is_another_tfidf():
     one, two = (make_tfidf(Options(width=2), [*CATS, *STARS, last]) for last in ("cat sky", "mat sky"))
     assert one.facts["learnt_sha256"] != two.facts["learnt_sha256"]
     assert one.facts == make_tfidf(Options(width=2), [*CATS, *STARS, "cat sky"]).facts
+
+
+def learnt(texts, width):
+    encoder = make_tfidf(Options(width=width), texts)
+    return encoder.facts["learnt_sha256"], encoder.encode(texts).row_BF.tobytes().hex()
+
+
+@pytest.mark.parametrize(
+    ("texts", "width"),
+    [
+        ([f"w{i} x{i}" for i in range(30) for _ in range(2)], 20),  # thirty equal singular values
+        # Forty different texts: fewer directions than asked for.
+        ([" ".join(f"w{i * j % 397}" for j in range(1, 30)) for i in range(1, 41)] * 5, 100),
+    ],
+)
+def test_texts_that_repeat_themselves_are_the_same_vectors_in_every_process(texts, width):
+    code = f"from tests import features_encoders_test as t; print(*t.learnt({texts!r}, {width}))"
+    told = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            for _ in range(2)}  # fmt: skip
+    assert len(told) == 1
+    assert len(told.pop()) > 1000
+
+
+def test_signs_of_directions_do_not_hang_on_rounding():
+    """The largest entries of a direction are equal but for their sign and the last bits: the first decides."""
+    texts = ["a b", "b c", "c d", "d e", "e f"] * 2
+    row_IF = make_tfidf(Options(width=3), texts).encode(texts).row_BF
+    for seed in range(20):
+        mixed = np.random.default_rng(seed).permutation(texts).tolist()
+        np.testing.assert_allclose(make_tfidf(Options(width=3), mixed).encode(texts).row_BF, row_IF, atol=1e-6)
 
 
 def test_a_text_without_a_known_word_has_no_vector_rather_than_zeros():
