@@ -142,6 +142,23 @@ def test_a_text_without_a_known_word_has_no_vector_rather_than_zeros():
     assert np.isnan(row_BF[1:]).all()
 
 
+def test_tfidf_says_why_a_text_has_no_vector():
+    texts = [
+        *CATS,
+        *STARS,
+        "\N{HEBREW LETTER ALEF}\N{HEBREW LETTER BET} cat",
+        "\N{HEBREW LETTER ALEF}\N{HEBREW LETTER BET}",
+    ]
+    alone = "wholly unheard words", "\N{PILE OF POO}!", *texts[-1:], "cat"
+    assert make_tfidf(Options(width=2), [*texts, *alone[:1]]).encode(alone).reason_B == [
+        "none of its words occurs in another text", "it has no word: signs and emoji are none", "", "",
+    ]  # fmt: skip
+    pairs = [f"w{i} x{i}" for i in range(3) for _ in range(3 - i)]  # "w2 x2" stands alone
+    assert make_tfidf(Options(width=1), [*pairs, pairs[-1]]).encode(pairs).reason_B[-1] == (
+        "its words have no part in the 1 directions that are kept"
+    )
+
+
 def test_tfidf_needs_texts_that_share_words():
     with pytest.raises(ValueError, match="expected several texts that share words, found 2 texts with 0 words"):
         make_tfidf(Options(), ["one two", "three four"])

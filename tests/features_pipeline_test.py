@@ -126,7 +126,18 @@ def test_a_bad_image_is_masked_and_strict_refuses_it(shop, capsys):
     assert "p9" in json.loads((shop / "run" / "features" / "manifest.json").read_text())["image"]["broken"]
     words = ["features", "--config=mine.py", "--strict", *(f"--config.{k}={v}" for k, v in WITHOUT_WEIGHTS.items())]
     assert main.main(words) == 1
-    assert "strict reading refuses 1 x broken_image (item p9: not an image of a known kind" in capsys.readouterr().err
+    told = "strict reading refuses 1 x broken_image (item p9: not an image of a known kind (p9.png))"
+    assert told in capsys.readouterr().err
+
+
+def test_what_is_broken_is_told_with_the_reason_and_the_file(shop, caplog):
+    with_photos(shop)
+    (shop / "images" / "shot-109.gif").write_bytes(b"")
+    text = (shop / "items.csv").read_text()
+    (shop / "items.csv").write_text(text.replace('p2,blue thing,"the blue one, number 2"', "p2,unheard,of"))
+    pipeline.read(configured(data__columns__image="photo"), shop / "run")
+    assert "data: 1 x broken_image, masked: item p9: an empty file (shot-109.gif)" in caplog.messages
+    assert "data: 1 x broken_text, masked: item p2: none of its words occurs in another text" in caplog.messages
 
 
 def test_strict_reading_tells_of_all_modalities_at_once(shop):

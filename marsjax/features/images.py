@@ -32,11 +32,13 @@ def read_image(data: bytes) -> Any:
     transparent is laid on white.
 
     Raises:
-        BrokenImage: not an image, cut off, or of more than `PIXELS` pixels (told before they are decoded).
+        BrokenImage: empty, not an image, cut off, or of more than `PIXELS` pixels (told before they are decoded).
     """
     import PIL.Image
     import PIL.ImageOps
 
+    if not data:
+        raise BrokenImage("an empty file")
     try:
         with warnings.catch_warnings():
             # Pillow warns of sizes that are far below the limit here, and of oddities of files that it can read.

@@ -49,7 +49,17 @@ def make_tfidf(options: Options, texts: Sequence[str]) -> Encoder:
         length_B1 = np.linalg.norm(row_BF, axis=1, keepdims=True)
         # A text of none of the words has no direction: NaN, which is masked and counted as broken.
         row_BF = np.divide(row_BF, length_B1, out=np.full_like(row_BF, np.nan), where=length_B1 > 1e-9)
-        return Encoded(row_BF.astype(np.float32), np.zeros(len(batch), bool))
+        reason_B = ["" if has else reason(text) for has, text in zip(length_B1[:, 0] > 1e-9, batch, strict=True)]
+        return Encoded(row_BF.astype(np.float32), np.zeros(len(batch), bool), reason_B)
+
+    def reason(text: str) -> str:
+        words = _words(text)
+        if not words:
+            return "it has no word: signs and emoji are none"
+        if not any(word in position for word in words):
+            among = f", as one of the {TERMS:,} most frequent" if len(terms) == TERMS else ""
+            return f"none of its words occurs in another text{among}"
+        return f"its words have no part in the {width} directions that are kept"
 
     facts = {
         "encoder": "tfidf",
