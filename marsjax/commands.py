@@ -181,7 +181,9 @@ def augment(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path |
     candidates = table.read_candidates(donation.folder / "candidates.npz")
     table.write_parquet(output, candidates, donation.queries, context.loaded.rows, context.loaded.dataset)
     found, kept = int((candidates.item_QS > 0).sum()), donation.borrowed.start_Q1[-1]
-    say(f"{kept} kept of {found} candidate items, for {len(donation.queries.user_Q)} queries: {output}")
+    user_Q = donation.queries.user_Q
+    asked = f"{len(user_Q)} queries of {len(np.unique(user_Q))} low-active users"
+    say(f"{kept} kept of {found} candidate items, for {asked}: {output}")
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:

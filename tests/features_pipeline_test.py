@@ -7,6 +7,7 @@ import re
 import numpy as np
 import PIL.Image
 import pytest
+from pyarrow.parquet import read_table
 
 from marsjax import commands, main, pipeline
 from marsjax.configuration import load_config
@@ -76,7 +77,12 @@ def test_the_page_of_the_documentation_works(shop, capsys):
     html = (folder / "report.html").read_text()
     assert "data:image/png;base64," in html
     assert "modality_gap" in html
-    assert "kept of" in capsys.readouterr().out
+    told = re.search(r"candidate items, for (\d+) queries of (\d+) low-active users", capsys.readouterr().out)
+    borrowed = read_table(folder / "borrowed.parquet", columns=["user", "history_length"]).to_pylist()
+    assert int(told[1]) == len({tuple(row.values()) for row in borrowed})
+    assert int(told[2]) == len({row["user"] for row in borrowed})
+    stages = {path.name.rpartition("-")[0] for path in (folder / "stages").glob("[!.]*")}
+    assert stages >= {"alignment-seed0", "untrained-alignment-seed0"}
 
 
 def test_every_encoder_is_in_the_documentation():
@@ -146,6 +152,15 @@ def test_strict_reading_tells_of_all_modalities_at_once(shop):
     (shop / "images" / "p9.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"text features: .* duplicate_item .*; image features: .* broken_image"):
         commands.features(configured(data__strict="true"), shop / "run")
+
+
+def test_strict_reading_tells_of_items_and_of_events_at_once(shop):
+    (shop / "images" / "p9.png").write_bytes(b"nothing")
+    with open(shop / "events.csv", "a") as events:
+        events.write("u1,p99,1,5\nu1,p1,1,6\n")
+    with pytest.raises(ValueError, match=r"image features: .* broken_image .*; events: .* unknown_item .*unsorted_ev"):
+        pipeline.read(configured(data__strict="true"), shop / "run")
+    pipeline.read(configured(), shop / "run")
 
 
 @pytest.mark.parametrize("column", ["title", "categories"])
