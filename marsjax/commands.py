@@ -127,6 +127,8 @@ def reproduce(
         if part.kind == "statistics":
             drawn = (study_page.statistics_table(inspection.statistics(dataset, pipeline.split(first, dataset))),)
         elif part.kind == "features" and wanted and dataset.items.modalities:
+            if len(dataset.items.category_names) > 1:
+                part = part._replace(text=f"{features_page.PROBES}\n\n{part.text}")
             drawn = evidence(pipeline.Context(first, pipeline.load(first, dataset), stages, first.seeds[0]))
         elif part.kind == "cases" and wanted:
             drawn = cases(pipeline.Context(first, pipeline.load(first, dataset), stages, first.seeds[0]))

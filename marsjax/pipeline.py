@@ -383,7 +383,7 @@ def align_stage(context: Context) -> Space:
                 log_steps=config.training.log_steps,
             ),
             folder=folder,
-            title=f"alignment, seed {seed}",
+            title=f"{'' if steps else 'untrained '}alignment, seed {seed}",
             evaluate=evaluate,
         )
         checkpoint.save_params(folder / "params", fitted.params)

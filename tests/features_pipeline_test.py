@@ -77,6 +77,7 @@ def test_the_page_of_the_documentation_works(shop, capsys):
     html = (folder / "report.html").read_text()
     assert "data:image/png;base64," in html
     assert "modality_gap" in html
+    assert "linear model" not in html  # these items have no categories
     told = re.search(r"candidate items, for (\d+) queries of (\d+) low-active users", capsys.readouterr().out)
     borrowed = read_table(folder / "borrowed.parquet", columns=["user", "history_length"]).to_pylist()
     assert int(told[1]) == len({tuple(row.values()) for row in borrowed})
@@ -253,11 +254,13 @@ def test_posters_are_shown_where_no_model_reads_them(tmp_path):
 def test_the_report_shows_images_named_by_a_column(shop):
     with_photos(shop)
     config = configured(
-        data__columns__image="photo", alignment__epochs="0", alignment__history="8", alignment__stein_items="16",
+        data__columns__image="photo", data__columns__categories="title", alignment__epochs="0",
+        alignment__history="8", alignment__stein_items="16",
         alignment__width="16", alignment__id_width="8", features__text_width="8", training__sharding="single",
     )  # fmt: skip
     commands.reproduce(config, shop / "run", parts="features,cases")
     html = (shop / "run" / "report.html").read_text()
+    assert "A linear model tells the categories" in html
     features, _, cases = html.rpartition("What MARS does for single users")
     for part in (features, cases):
         assert {*re.findall(r"data:image/(\w+);base64,", part)} <= {"png", "jpeg"}
@@ -314,6 +317,18 @@ def test_the_drawings_show_what_is_planted(tmp_path):
         assert 0.9 < present_N[1:].mean() < 1
     again = pipeline.read(config, tmp_path / "again")
     assert dataset.fingerprint == again.fingerprint
+
+
+def test_the_drawn_items_have_categories_that_can_be_probed(tmp_path):
+    """The control that needs no data: features tell what is planted, and those of other items nothing."""
+    items = pipeline.read(load_config("configs/synthetic.py:drawn", {}), tmp_path).items
+    table, plot = features_page.probe_tables(items, seed=0)
+    assert len(plot.x_names) == 10
+    auc = {line[0]: float(line[3]) for line in table.lines}
+    assert [*auc] == ["text", "text, of other items", "image", "image, of other items"]
+    assert min(auc["text"], auc["image"]) > 0.95
+    for name in ("text", "image"):
+        assert abs(auc[f"{name}, of other items"] - 0.5) < 0.06
 
 
 def test_nothing_beside_the_output_is_touched(tmp_path):
