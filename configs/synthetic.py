@@ -4,7 +4,7 @@
 
 Variants, joined by commas: `1seed`, `unaligned` (the Stein loss of Eq. 14 has no weight), `shuffled` (features permuted
 between items: content tells nothing, and the gain of MARS must vanish), `drawn` (texts are written and images drawn for
-the items, and `marsjax features` makes vectors of them).
+the items, and `marsjax features` makes vectors of them; more items of fewer topics, so that categories can be probed).
 """
 
 from marsjax.defaults import default_config
@@ -42,6 +42,10 @@ def get_config(variant: str = ""):
         config.features.image = "colour"
         config.features.template = "{text}"
         config.features.text_width = 64
+        # Ten groups of about 80 items, as many as a probe of categories needs; as many topics are liked as elsewhere.
+        config.data.synthetic.n_items = 800
+        config.data.synthetic.n_topics = 30
+        config.data.synthetic.topics_per_type = 4
     if "shuffled" in options:
         config.data.synthetic.shuffle_features = True
     return config

@@ -127,6 +127,8 @@ def reproduce(
         if part.kind == "statistics":
             drawn = (study_page.statistics_table(inspection.statistics(dataset, pipeline.split(first, dataset))),)
         elif part.kind == "features" and wanted and dataset.items.modalities:
+            if len(dataset.items.category_names) > 1:
+                part = part._replace(text=f"{features_page.PROBES}\n\n{part.text}")
             drawn = evidence(pipeline.Context(first, pipeline.load(first, dataset), stages, first.seeds[0]))
         elif part.kind == "cases" and wanted:
             drawn = cases(pipeline.Context(first, pipeline.load(first, dataset), stages, first.seeds[0]))
@@ -181,7 +183,9 @@ def augment(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path |
     candidates = table.read_candidates(donation.folder / "candidates.npz")
     table.write_parquet(output, candidates, donation.queries, context.loaded.rows, context.loaded.dataset)
     found, kept = int((candidates.item_QS > 0).sum()), donation.borrowed.start_Q1[-1]
-    say(f"{kept} kept of {found} candidate items, for {len(donation.queries.user_Q)} queries: {output}")
+    user_Q = donation.queries.user_Q
+    asked = f"{len(user_Q)} queries of {len(np.unique(user_Q))} low-active users"
+    say(f"{kept} kept of {found} candidate items, for {asked}: {output}")
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:

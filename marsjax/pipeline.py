@@ -194,7 +194,10 @@ def read(config: ConfigDict, workdir: pathlib.Path | None = None) -> Dataset:
             raise ValueError("features: expected a workdir to write what is encoded to, found none")
         for process in range(hosts.count()):  # one after the other: the first encodes, and the others find it done
             if process == hosts.index():
-                made = encode_stage(config, workdir)
+                try:
+                    made = encode_stage(config, workdir)
+                except encoding.Refused as error:
+                    raise encoding.Refused("; ".join((str(error), *_refused_events(config)))) from error
             hosts.from_first()
     data = config.data
     if "image" in made and config.features.image != "precomputed":
@@ -208,6 +211,17 @@ def read(config: ConfigDict, workdir: pathlib.Path | None = None) -> Dataset:
     return (
         sample_users(dataset, config.data.sample_users, seed=config.split.seed) if config.data.sample_users else dataset
     )
+
+
+def _refused_events(config: ConfigDict) -> list[str]:
+    """What reading the events says, where it refuses them: who mends a shop's files wants to hear of all at once."""
+    # Without features and images, of which the encoders have told.
+    alone = {"data.image_folder": "", "data.text_features": "", "data.image_features": ""}
+    try:
+        SOURCES[config.data.source](with_changes(config, alone).data, {})
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def tell(problems: Sequence[Problem]) -> None:
@@ -369,13 +383,14 @@ def align_stage(context: Context) -> Space:
                 log_steps=config.training.log_steps,
             ),
             folder=folder,
-            title=f"alignment, seed {seed}",
+            title=f"{'' if steps else 'untrained '}alignment, seed {seed}",
             evaluate=evaluate,
         )
         checkpoint.save_params(folder / "params", fitted.params)
         files.write_json(folder / "diagnostics.json", fitted.evaluations)
 
-    folder = stages.together(f"alignment-seed{seed}", key, build)
+    name = f"alignment-seed{seed}" if steps else f"untrained-alignment-seed{seed}"
+    folder = stages.together(name, key, build)
     loop.forget(folder)
     return Space(encoder, jax.device_put(checkpoint.load_params(folder / "params", template)), tables, key)
 

@@ -127,11 +127,8 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "features",
             "What the features know",
             "features",
-            "A linear model tells the categories of items from their features (one half fits, the other judges, and "
-            "the other way round), and neighbours are counted that share a category, beside the same features dealt "
-            "out to other items. A category is told from 30 items in each half on (-: none has as many). Then come how "
-            "far texts lie from images before and after the alignment is trained, a map, and the neighbours of some "
-            "items, drawn by seed, as pictures.",
+            "Here are how far texts lie from images before and after the alignment is trained, a map, and the "
+            "neighbours of some items, drawn by seed, as pictures.",
         ),
         *(
             Part(

@@ -43,6 +43,22 @@ def test_a_probe_says_nothing_of_rare_kinds():
     assert list(np.isfinite(auc_C)) == [True, True, False]
 
 
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize(("count", "told"), [(2 * features_page.LEAST, True), (2 * features_page.LEAST - 1, False)])
+def test_a_category_is_told_from_as_many_items_as_the_report_says(count, told, others):
+    """As evenly dealt to both halves as can be; of what is not of the category as many are needed."""
+    items = make_items()
+    feature_NF, present_N = items.modalities["text"]
+    known = np.random.default_rng(0).permutation(np.flatnonzero(present_N))
+    member_NC = np.zeros((N, 2), bool)
+    member_NC[known, 1] = True  # everything else has a category too
+    member_NC[known[np.linspace(0, len(known) - 1, count).astype(int)], 0] = True
+    member_NC[:, 0] ^= others & present_N
+    auc_C = features_page.probe(feature_NF, present_N, member_NC, seed=0)
+    assert list(np.isfinite(auc_C)) == [told, False]
+    assert f"holds {features_page.LEAST} items of it or more, and {features_page.LEAST} or more" in features_page.PROBES
+
+
 def test_a_probe_does_not_hang_on_the_scale_of_the_features():
     items = make_items(informative=False, seed=3)
     feature_NF, present_N = items.modalities["text"]

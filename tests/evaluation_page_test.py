@@ -3,6 +3,7 @@
 import base64
 import html
 import html.parser
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import zlib
 from xml.etree import ElementTree
 
@@ -116,7 +118,59 @@ def cards(*images):
     return [(tag, attributes) for tag, attributes in tags if attributes.get("class") == "poster"]
 
 
-def test_images_are_embedded_as_they_are(tmp_path):
+def embedded(path):
+    """The image of a card as Pillow reads it from the page."""
+    ((tag, attributes),) = cards(path)
+    head, _, body = attributes["src"].partition(",")
+    assert (tag, head) in {("img", "data:image/png;base64"), ("img", "data:image/jpeg;base64")}
+    return pytest.importorskip("PIL.Image").open(io.BytesIO(base64.b64decode(body)))
+
+
+def near(image, other):
+    return np.abs(np.asarray(image.convert("RGB"), float) - np.asarray(other.convert("RGB"), float)).mean() < 6
+
+
+def test_images_are_embedded_as_encoders_see_them_and_small(tmp_path):
+    """Of any kind and size; of animations the first frame, and upright, whatever a browser would do."""
+    Image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    blocks = Image.fromarray(rng.integers(0, 256, (6, 4, 3), np.uint8)).resize((1200, 1800), 0)
+    noisy = np.clip(np.asarray(blocks, int) + rng.integers(-20, 20, (1800, 1200, 1)), 0, 255).astype(np.uint8)
+    large, other = Image.fromarray(noisy), Image.new("RGB", (120, 180), "white")
+    paths = {name: tmp_path / name for name in ("large.jpg", "a.bmp", "a.tif", "a.gif", "cmyk.jpg", "turned.jpg")}
+    large.save(paths["large.jpg"], quality=95)
+    assert paths["large.jpg"].stat().st_size > pages.MOST_BYTES
+    few = blocks.resize((120, 180))
+    few.save(paths["a.bmp"])
+    few.save(paths["a.tif"])
+    few.save(paths["a.gif"], save_all=True, append_images=[other], disposal=1, loop=0)
+    few.convert("CMYK").save(paths["cmyk.jpg"])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to be upright
+    few.transpose(Image.Transpose.ROTATE_90).save(paths["turned.jpg"], exif=exif, quality=95, comment="a secret")
+    for path in paths.values():
+        image = embedded(path)
+        assert image.size == ((133, 200) if path.name == "large.jpg" else (120, 180))
+        assert getattr(image, "n_frames", 1) == 1
+        assert not image.getexif()
+        assert "comment" not in image.info
+        assert near(image, few.resize(image.size)), path
+    assert max(len(path.read_bytes()) for path in paths.values()) > 20 * len(cards(paths["large.jpg"])[0][1]["src"])
+
+
+def test_a_page_shows_the_whole_of_an_image():
+    assert "object-fit:contain" in pages.PAGE_STYLE
+
+
+def test_a_small_drawing_keeps_every_pixel(tmp_path):
+    (tmp_path / "image").write_bytes(png())
+    image = embedded(tmp_path / "image")
+    assert (image.format, image.size, image.getpixel((0, 0))) == ("PNG", (4, 6), (200, 30, 30))
+
+
+def test_images_are_embedded_as_they_are_where_nothing_can_read_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)  # to import it is an ImportError
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
     kinds = {"png": png(), "jpeg": b"\xff\xd8\xff\xe0" + bytes(pages.MOST_BYTES - 4), "gif": b"GIF89a", "webp": b"RIFF"}
     for kind, data in kinds.items():
         (tmp_path / "image").write_bytes(data)  # the content counts, not the name
@@ -126,7 +180,11 @@ def test_images_are_embedded_as_they_are(tmp_path):
         assert base64.b64decode(body) == data
 
 
-def test_what_is_no_image_is_a_box_with_the_title(tmp_path):
+@pytest.mark.parametrize("pillow", [True, False])
+def test_what_is_no_image_is_a_box_with_the_title(tmp_path, monkeypatch, pillow):
+    if not pillow:
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        monkeypatch.setitem(sys.modules, "PIL.Image", None)
     (tmp_path / "large").write_bytes(b"\xff\xd8\xff" + bytes(pages.MOST_BYTES - 2))
     (tmp_path / "svg").write_bytes(b"<svg xmlns='http://www.w3.org/2000/svg'><script/></svg>")
     (tmp_path / "empty").write_bytes(b"")

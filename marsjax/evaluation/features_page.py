@@ -13,7 +13,13 @@ from marsjax.evaluation.plots import Plot, Series
 from marsjax.records import Items
 
 NEIGHBOURS = 8  # that are shown, and over which shares are counted
-LEAST = 30  # items that a category needs on each side of a probe
+LEAST = 30  # items that a probe needs in each half, of a category and of others
+PROBES = (  # what the report says of `probe_tables`
+    "A linear model tells the categories of items from their features (one random half of the items that have both "
+    "fits, the other judges, and the other way round), and neighbours are counted that share a category, beside the "
+    f"same features dealt out to other items. A category is told where each half holds {LEAST} items of it or more, "
+    f"and {LEAST} or more that are not of it (-: there is no such category)."
+)
 SHOWN_CATEGORIES = 6  # of the map
 SHOWN_ITEMS = 600
 

@@ -11,8 +11,10 @@ from urllib.parse import quote
 
 from marsjax import files
 from marsjax.evaluation.plots import STYLE, Plot, escape, points, shown, svg
+from marsjax.features.images import BrokenImage, need_pillow, thumbnail
 
-MOST_BYTES = 200_000  # of an image that is embedded
+SIDE = 200  # pixels of an image that is embedded, at most
+MOST_BYTES = 200_000  # of a file that is embedded as it is, where nothing can make it smaller
 MAGIC = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png", b"GIF8": "image/gif", b"RIFF": "image/webp"}
 MOST_LINES = 100  # of the numbers of a plot that Markdown shows beside it
 NUMBER = re.compile(r"[+\-\u2212]?(\d[\d,]*)?\.?\d+(e[+-]?\d+)?%?(?![^\s,;)])", re.IGNORECASE)
@@ -45,7 +47,7 @@ summary{cursor:pointer;font-size:.85rem;color:var(--muted)}details .scroll{margi
 .strip{display:flex;flex-wrap:wrap;gap:.9rem .8rem;list-style:none;margin:0;padding:0}
 .strip li{width:92px;font-size:.75rem;line-height:1.3;display:flex;flex-direction:column}
 .strip small{color:var(--muted);font-size:.7rem}
-.poster{width:92px;height:138px;object-fit:cover;border-radius:3px;margin-bottom:.3rem;display:grid;place-items:center;
+.poster{width:92px;height:138px;object-fit:contain;border-radius:3px;margin-bottom:.3rem;display:grid;place-items:center;
 background:var(--raised);color:var(--muted)}div.poster{border:1px solid var(--rule)}
 """
 
@@ -217,19 +219,29 @@ def _case(case: Case) -> str:
 
 def _poster(card: ItemCard) -> str:
     """The image within the page; a box that says so where there is none, or none that may be embedded."""
-    data = b""
-    try:
-        if card.image is not None and card.image.is_file():
-            with open(card.image, "rb") as file:
-                data = file.read(MOST_BYTES + 1)
-    except OSError:
-        pass
+    data = b"" if card.image is None else _picture(card.image)
     kind = next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), None)
     title = escape(card.title)
     if kind is None or len(data) > MOST_BYTES:
         return f'<div class="poster" role="img" aria-label="No image of {title}" title="{title}">no image</div>'
     source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
     return f'<img class="poster" width="92" height="138" alt="Image of {title}" src="{source}">'
+
+
+def _picture(path: pathlib.Path) -> bytes:
+    """A small image of what an encoder makes of the file; the file itself, or its beginning, where Pillow is missing,
+    and nothing where it is none."""
+    try:
+        if not path.is_file():
+            return b""
+        try:
+            need_pillow()
+        except ImportError:
+            with open(path, "rb") as file:
+                return file.read(MOST_BYTES + 1)
+        return thumbnail(path.read_bytes(), side=SIDE)
+    except (OSError, BrokenImage):
+        return b""
 
 
 def _check(table: Table) -> None:

@@ -40,11 +40,14 @@ class Reader(NamedTuple):
     content: Callable[[Any], bytes]  # may raise OSError
     decode: Callable[[bytes], Any]  # may raise BrokenImage
     weigh: Callable[[Any], int] = lambda value: 0  # pixels of what was decoded
+    name: Callable[[Any], str] = lambda value: ""  # of the file, where the value is one
 
 
 READERS = {
     "text": Reader(lambda text: text.encode("utf-8", "surrogatepass"), lambda data: data.decode("utf-8", "replace")),
-    "image": Reader(lambda path: path.read_bytes(), read_image, lambda image: image.width * image.height),
+    "image": Reader(
+        lambda path: path.read_bytes(), read_image, lambda image: image.width * image.height, lambda path: path.name
+    ),
 }
 
 
@@ -125,6 +128,7 @@ def encode_items(
             for row, (digest, (items, _)) in enumerate(batch.items()):
                 if not good_B[row]:
                     reason = "a zero vector" if finite_B[row] else "no finite vector"
+                    reason = (encoded.reason_B[row] if encoded.reason_B else "") or reason
                     broken.update({str(raw_id_I[item]): reason for item in items})
                     continue
                 record_B[at]["content"] = np.frombuffer(digest, np.uint8)
@@ -155,7 +159,10 @@ def encode_items(
                         continue
                     batch[digest] = [item], reader.decode(data)
                     weight += reader.weigh(batch[digest][1])
-                except (BrokenImage, OSError) as error:
+                except BrokenImage as error:
+                    name = reader.name(value)
+                    broken[str(raw_id_I[item])] = f"{error} ({name})" if name else str(error)
+                except OSError as error:  # it names the file itself
                     broken[str(raw_id_I[item])] = str(error)
                 # Large images wait for no others, so that memory is bounded.
                 if len(batch) >= encoder.batch or weight >= PIXELS:

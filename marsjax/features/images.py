@@ -32,11 +32,13 @@ def read_image(data: bytes) -> Any:
     transparent is laid on white.
 
     Raises:
-        BrokenImage: not an image, cut off, or of more than `PIXELS` pixels (told before they are decoded).
+        BrokenImage: empty, not an image, cut off, or of more than `PIXELS` pixels (told before they are decoded).
     """
     import PIL.Image
     import PIL.ImageOps
 
+    if not data:
+        raise BrokenImage("an empty file")
     try:
         with warnings.catch_warnings():
             # Pillow warns of sizes that are far below the limit here, and of oddities of files that it can read.
@@ -55,6 +57,24 @@ def read_image(data: bytes) -> Any:
     except (OSError, ValueError, SyntaxError, IndexError, KeyError, TypeError, EOFError, OverflowError) as error:
         # Pillow's readers raise nearly anything on damaged files.
         raise BrokenImage(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+
+
+def thumbnail(data: bytes, *, side: int) -> bytes:
+    """The image as `read_image` has it, shrunken to at most `side` x `side` pixels: a JPEG, or a PNG where that is
+    smaller.
+
+    Raises:
+        BrokenImage: as `read_image`.
+    """
+    image = read_image(data)
+    image.thumbnail((side, side))
+    image.info = {}  # no comment, position or colour profile of the file goes with it
+    made = []
+    for kind, options in (("JPEG", {"quality": 85}), ("PNG", {"optimize": True})):
+        with io.BytesIO() as file:
+            image.save(file, kind, **options)
+            made.append(file.getvalue())
+    return min(made, key=len)
 
 
 def _rgb(image: Any) -> Any:

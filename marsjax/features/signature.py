@@ -14,6 +14,7 @@ class Encoded(NamedTuple):
 
     row_BF: np.ndarray  # [B, F] float32
     cut_B: np.ndarray  # [B] bool, inputs that were longer than the model takes; their beginning was encoded
+    reason_B: Sequence[str] = ()  # why a row is not finite, "" where it is, of an encoder that can tell
 
 
 class Encoder(NamedTuple):

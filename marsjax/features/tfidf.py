@@ -41,21 +41,25 @@ def make_tfidf(options: Options, texts: Sequence[str]) -> Encoder:
             "than one of them; give more texts, or another encoder"
         )
     matrix_IT = _weigh(texts, position, idf_T)
-    # The starting vector is fixed, so that the same texts have the same vectors.
-    start = np.random.default_rng(0).normal(size=min(matrix_IT.shape))
-    _, strength_F, direction_FT = scipy.sparse.linalg.svds(matrix_IT, k=width, v0=start, random_state=0)
-    # Directions that no text has are noise: there are fewer than asked for where the texts repeat themselves.
-    direction_TF = direction_FT[::-1][strength_F[::-1] > 1e-6 * strength_F.max()].T
+    direction_TF = _directions(matrix_IT, width)
     width = direction_TF.shape[1]
-    top_F = np.abs(direction_TF).argmax(axis=0)
-    direction_TF = direction_TF * np.sign(direction_TF[top_F, np.arange(width)])
 
     def encode(batch: Sequence[str]) -> Encoded:
         row_BF = _weigh(batch, position, idf_T) @ direction_TF
         length_B1 = np.linalg.norm(row_BF, axis=1, keepdims=True)
         # A text of none of the words has no direction: NaN, which is masked and counted as broken.
         row_BF = np.divide(row_BF, length_B1, out=np.full_like(row_BF, np.nan), where=length_B1 > 1e-9)
-        return Encoded(row_BF.astype(np.float32), np.zeros(len(batch), bool))
+        reason_B = ["" if has else reason(text) for has, text in zip(length_B1[:, 0] > 1e-9, batch, strict=True)]
+        return Encoded(row_BF.astype(np.float32), np.zeros(len(batch), bool), reason_B)
+
+    def reason(text: str) -> str:
+        words = _words(text)
+        if not words:
+            return "it has no word: signs and emoji are none"
+        if not any(word in position for word in words):
+            among = f", as one of the {TERMS:,} most frequent" if len(terms) == TERMS else ""
+            return f"none of its words occurs in another text{among}"
+        return f"its words have no part in the {width} directions that are kept"
 
     facts = {
         "encoder": "tfidf",
@@ -65,6 +69,34 @@ def make_tfidf(options: Options, texts: Sequence[str]) -> Encoder:
         "normalisation": "l2",
     }
     return Encoder(width, options.batch or BATCH, facts, encode)
+
+
+def _directions(matrix_IT: scipy.sparse.csr_matrix, width: int) -> np.ndarray:
+    """The foremost right singular vectors, [T, F], the strongest first: a function of the matrix (and, in the last
+    bits, of how many threads BLAS has).
+
+    `scipy.sparse.linalg.svds` is none: where singular values are equal, or fewer than `width` are not zero, ARPACK asks
+    for random vectors, and svds has it draw them anew in every process.
+    """
+    few_SL = matrix_IT if matrix_IT.shape[0] < matrix_IT.shape[1] else matrix_IT.T.tocsr()
+    count = few_SL.shape[0]
+    gram_SS = scipy.sparse.linalg.LinearOperator(
+        (count, count), matvec=lambda vector_S: few_SL @ (few_SL.T @ vector_S), dtype=np.float64
+    )
+    start_S = np.random.default_rng(0).normal(size=count)
+    _, basis_SF = scipy.sparse.linalg.eigsh(gram_SS, k=width, v0=start_S, rng=0)
+    basis_SF, _ = np.linalg.qr(basis_SF)  # those of equal eigenvalues may not be orthogonal
+    if few_SL is matrix_IT:
+        direction_TF, strength_F, _ = np.linalg.svd(matrix_IT.T @ basis_SF, full_matrices=False)
+    else:
+        _, strength_F, turn_FF = np.linalg.svd(matrix_IT @ basis_SF, full_matrices=False)
+        direction_TF = basis_SF @ turn_FF.T
+    # Directions that no text has are noise: there are fewer than asked for where the texts repeat themselves.
+    direction_TF = direction_TF[:, strength_F > 1e-6 * strength_F.max()]
+    # The largest entry is positive; of equally large ones the first, or rounding would choose.
+    size_TF = np.abs(direction_TF)
+    top_F = (size_TF > (1 - 1e-6) * size_TF.max(axis=0)).argmax(axis=0)
+    return direction_TF * np.sign(direction_TF[top_F, np.arange(direction_TF.shape[1])])
 
 
 def _words(text: str) -> list[str]:

@@ -271,8 +271,9 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
         snapshot = state.ready()
         known = people.find_user(snapshot, user, stored=await state.lookup(user, snapshot.version), always_live=True)
         images = pathlib.Path(settings.image_folder) if settings.image_folder else None
-        made = await asyncio.to_thread(explaining.make_page, snapshot, user, known, images)
-        return HTMLResponse(page.to_html(made), headers={"Content-Security-Policy": page.POLICY})
+        # Pictures are read as the page is written: not in the loop that answers the others.
+        html = await asyncio.to_thread(lambda: page.to_html(explaining.make_page(snapshot, user, known, images)))
+        return HTMLResponse(html, headers={"Content-Security-Policy": page.POLICY})
 
     documented = app.openapi
 
