@@ -46,9 +46,8 @@ VARIANTS = (
 )  # fmt: skip
 BASES = {"ids": "ids only, as the paper", "strong": "strong inputs"}
 HEADLINE = (
-    "base", "random_donor", "popular_items", "tfidf_donor", "short_histories", "collaborative_posterior",
-    "collaborative_short_posterior", "mars", "mars_posterior", "mars_short_posterior",
-    "mars_short_posterior_and_items",
+    "base", "random_donor", "popular_items", "tfidf_donor", "short_histories", "collaborative_short_posterior",
+    "mars", "mars_posterior", "mars_short_posterior",
 )  # fmt: skip
 ALONE = ("base", "mars", "mars_posterior")  # what is followed through ablations and sweeps
 SPARSE = {
