@@ -72,10 +72,12 @@ def opened(url: str) -> Storage:
     raise SystemExit(f"{url} does not answer")
 
 
-def drawn(bundle: Bundle, rng: random.Random, number: int) -> Event:
-    """An event of a known or a new user; clocks step back at times."""
-    users, names = bundle.users.raw_user_U, bundle.items.raw_id_N
-    user = f"new{rng.randrange(1000)}" if rng.random() < 0.6 else str(users[rng.randrange(len(users))])
+def drawn(bundle: Bundle, rng: random.Random, number: int, *, users: int = 0) -> Event:
+    """An event of one of the first `users` known users (0: all) or a new one of as many (0: 1000); clocks step back at
+    times."""
+    known, names = bundle.users.raw_user_U, bundle.items.raw_id_N
+    new = rng.random() < 0.6
+    user = f"new{rng.randrange(users or 1000)}" if new else str(known[rng.randrange(users or len(known))])
     item = str(names[1 + rng.randrange(len(names) - 1)])
     return Event(
         f"e{number}", user, item, float(rng.random() < 0.5), 10**9 + number - (1000 if rng.random() < 0.05 else 0)
