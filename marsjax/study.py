@@ -34,20 +34,26 @@ class Part(NamedTuple):
     x_label: str = ""  # of a sweep
 
 
-CONTROLS = (
-    "random_donor", "popular_items", "tfidf_donor", "collaborative_donor", "everybody_votes", "collaborative_vote",
-    "collaborative_posterior", "collaborative_short_posterior", "hidden_ids", "short_histories",
-)  # fmt: skip
 BASELINES = ("ran", "ran_s", "reppad", "cmr", "cmrsi", "cl4srec", "coserec", "basrec")
+BUDGET = tuple(f"{name}_budget" for name in BASELINES)
+CONTROLS = (
+    "random_donor", "popular_items", "tfidf_donor", "collaborative_donor", "collaborative_posterior", "hidden_ids",
+    "short_histories",
+)  # fmt: skip
 PUBLISHED = ("mars", "mars_time_safe", "mars_without_target", "mars_train_only", "mars_test_only")
-VARIANTS = (
-    "mars_vote", "mars_vote_time_safe", "mars_vote_and_items", "mars_short_vote", "mars_posterior",
-    "mars_short_posterior", "mars_short_posterior_and_items",
+TABLE_2 = ("base", *BASELINES, *BUDGET, *CONTROLS, *PUBLISHED, "mars_posterior", "mars_short_posterior")
+ATTEMPTS = (  # what was tried on the way to what works, and the same without content
+    "everybody_votes", "collaborative_vote", "mars_vote", "mars_vote_time_safe", "mars_vote_and_items",
+    "mars_short_vote", "mars_short_posterior_and_items",
 )  # fmt: skip
 BASES = {"ids": "ids only, as the paper", "strong": "strong inputs"}
 HEADLINE = (
     "base", "random_donor", "popular_items", "tfidf_donor", "short_histories", "collaborative_short_posterior",
     "mars", "mars_posterior", "mars_short_posterior",
+)  # fmt: skip
+FOLLOWED = (  # along the length of a history
+    "base", "random_donor", "popular_items", "short_histories", "reppad", "cmr", "coserec",
+    "collaborative_short_posterior", "mars", "mars_posterior", "mars_short_posterior",
 )  # fmt: skip
 ALONE = ("base", "mars", "mars_posterior")  # what is followed through ablations and sweeps
 SPARSE = {
@@ -56,17 +62,12 @@ SPARSE = {
     "ctr.cap": "50", "ctr.buckets": "25,50", "retrieval.history": "50",
 }  # fmt: skip
 FIVE_EVENTS = {"ctr.inputs": "strong", **SPARSE, "split.sparse_events": "5"}
+TEN_SEEDS = {"seeds": "0,1,2,3,4,5,6,7,8,9"}
 SETTINGS = {  # what matters most where ids of few events overfit: how much they may
     "as configured": {},
     "decay of ids 1": {"ctr.id_decay": "1"},
     "decay of ids 4": {"ctr.id_decay": "4"},
 }
-
-
-def table_2(known: frozenset[str]) -> tuple[str, ...]:
-    """All methods of Table 2, baselines in both forms, as far as there are such methods."""
-    budget = tuple(f"{name}_budget" for name in BASELINES)
-    return tuple(name for name in ("base", *BASELINES, *budget, *CONTROLS, *PUBLISHED, *VARIANTS) if name in known)
 
 
 def full(known: frozenset[str]) -> tuple[Part, ...]:
@@ -75,8 +76,7 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
     def variant(part: str, label: str, changes: Mapping[str, str], methods: tuple[str, ...] = ALONE,
                 x: float | None = None, inputs: str = "strong") -> Cell:  # fmt: skip
         slug = "".join(letter if letter.isalnum() or letter == "." else "_" for letter in label)
-        compared = tuple(name for name in methods if name in known)
-        return Cell(f"{part}_{slug}_{inputs}", label, compared, {"ctr.inputs": inputs, **changes}, x)
+        return Cell(f"{part}_{slug}_{inputs}", label, of(*methods), {"ctr.inputs": inputs, **changes}, x)
 
     def sweep(part: str, title: str, key: str, values: tuple[str, ...], text: str) -> Part:
         # What is kept of a donor's history (theta) does not enter the posterior.
@@ -103,14 +103,10 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
         "ids only": {"alignment.modalities": ""},
     }
     paddings = {"most similar": "most_similar", "filter": "filter", "kth similar": "kth_similar", "DP": "dp"}
-    followed = tuple(
-        name
-        for name in ("base", "mars", "random_donor", "tfidf_donor", "mars_vote", "mars_posterior",
-                     "mars_short_posterior", "collaborative_posterior", "collaborative_short_posterior", "hidden_ids",
-                     "short_histories", "cmr", "reppad", "coserec")
-        if name in known
-    )  # fmt: skip
-    headline = tuple(name for name in HEADLINE if name in known)
+
+    def of(*names: str) -> tuple[str, ...]:
+        return tuple(name for name in names if name in known)
+
     return (
         Part(
             "headline",
@@ -119,7 +115,7 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "A random 30% of the users keep only their first five events, in training and at test, over a base with "
             "strong inputs. Each method has the setting that suits it: the one of those below with the best AUC of "
             "the low-active users' validation rows, on the first seed. Test rows are judged with that one alone.",
-            (Cell("headline", "5 events", headline, FIVE_EVENTS | {"seeds": "0,1,2,3,4,5,6,7,8,9"}, 5.0, SETTINGS),),
+            (Cell("headline", "5 events", of(*HEADLINE), FIVE_EVENTS | TEN_SEEDS, 5.0, SETTINGS),),
         ),
         Part("table1", "Table 1: the data", "statistics", "Counts after cleaning, beside the paper's."),
         Part(
@@ -136,7 +132,7 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
                 "methods",
                 "Every method is trained anew, with the same seeds, epochs and model. Baselines in their usual form, "
                 "and (`_budget`) lending low-active users as many items as MARS does.",
-                (Cell(f"table2_{inputs}", name, table_2(known), {"ctr.inputs": inputs}),),
+                (Cell(f"table2_{inputs}", name, of(*TABLE_2), {"ctr.inputs": inputs}),),
             )
             for inputs, name in BASES.items()
         ),
@@ -174,7 +170,7 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
                     Cell(
                         f"sparse{count}_{inputs}",
                         f"{count} events",
-                        table_2(known) if count == 5 else followed,
+                        of(*FOLLOWED, *(ATTEMPTS if (count, inputs) == (5, "strong") else ())),
                         {"ctr.inputs": inputs, **SPARSE, "split.sparse_events": str(count)},
                         float(count),
                     )
@@ -188,8 +184,13 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "search",
             "Every method with the setting that suits it",
             "search",
-            "The same with all methods and fewer seeds.",
-            (Cell("search_sparse5_strong", "5 events", table_2(known), FIVE_EVENTS, 5.0, SETTINGS),),
+            "The same with the methods of other papers, and fewer seeds.",
+            (
+                Cell(
+                    "search_sparse5_strong", "5 events", of("base", *BASELINES, *BUDGET, "mars_short_posterior"),
+                    FIVE_EVENTS, 5.0, SETTINGS,
+                ),
+            ),
         ),
         Part(
             "donors",
@@ -222,8 +223,8 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             (
                 Cell(
                     "leak_strong", "labels permuted",
-                    tuple(name for name in ("base", "mars", *VARIANTS, "everybody_votes", "collaborative_vote",
-                                            "collaborative_posterior", "short_histories") if name in known),
+                    of("base", "short_histories", "collaborative_posterior", "mars", "mars_vote", "mars_posterior",
+                       "mars_short_posterior"),
                     {"ctr.inputs": "strong", "data.permute_labels": "true", "split.kind": "last_fraction"}, 1.0,
                 ),
             ),
@@ -254,7 +255,9 @@ def quick(known: frozenset[str]) -> tuple[Part, ...]:
         if part.name in wanted:
             kept = [cell for cell in part.cells if part.kind != "sparse" or cell.x == 5]
             if part.name in ("table2_strong", "sparse_strong"):  # the baselines stand in the other table
-                few = ("base", *CONTROLS, *PUBLISHED, *VARIANTS)
-                kept = [cell._replace(methods=tuple(name for name in few if name in known)) for cell in kept]
+                kept = [
+                    cell._replace(methods=tuple(name for name in cell.methods if name not in BASELINES + BUDGET))
+                    for cell in kept
+                ]
             parts.append(part._replace(cells=tuple(cell._replace(changes={**cell.changes, **QUICK}) for cell in kept)))
     return tuple(parts)
