@@ -358,6 +358,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         arguments.turns, arguments.seconds = 3, 0.2
     arguments.lengths = harness.whole_numbers(parser, "--lengths", arguments.lengths)
     arguments.counts = harness.whole_numbers(parser, "--counts", arguments.counts)
+    arguments.parts = arguments.parts.split(",")
+    if unknown := set(arguments.parts) - PARTS.keys():
+        parser.error(f"--parts: expected some of {', '.join(PARTS)}, found {', '.join(sorted(unknown))}")
     if min(arguments.batch, arguments.turns, arguments.seeds) < 1:
         parser.error("--batch, --turns and --seeds: expected 1 or more")
     return arguments
@@ -381,7 +384,7 @@ def main(words: list[str] | None = None) -> None:
     harness.log_progress()
     began = harness.begin()
     machine = harness.measure_machine()
-    rows = harness.by_question(row for part in arguments.parts.split(",") for row in PARTS[part](arguments))
+    rows = harness.by_question(row for part in arguments.parts for row in PARTS[part](arguments))
     harness.write_results(
         arguments.output, rows, began, program="-m benchmarks.devices", words=words, machine=machine.describe()
     )

@@ -33,8 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"features.images"},  # pages show what encoders see
     # Answers requests with what trained the model: it comes after all of these.
     "serving": {
-        "alignment", "augmentation.mars", "augmentation.posterior", "ctr", "data.histories", "data.priors",
-        "embeddings", "evaluation.page", "retrieval", "training",
+        "alignment", "augmentation.mars", "augmentation.posterior", "ctr", "data.content", "data.histories",
+        "data.priors", "embeddings", "evaluation.page", "retrieval", "training",
     },
     "provenance": set(),
     "stages": {"hosts", "provenance"},

@@ -185,10 +185,11 @@ def test_bundle_gives_the_same_scores_in_a_new_process(workdir, exported, tmp_pa
     assert np.ptp(found) > 0.01
 
 
-def test_unknown_users_score_and_unknown_items_are_named(exported):
+def test_unknown_users_score_and_unknown_items_are_named(exported, caplog):
     bundle = serving.load_bundle(exported)
     item = str(bundle.items.raw_id_N[3])
     (stranger,) = scoring.score(bundle, [scoring.Request("nobody", (item, item))])
+    assert "1 of 1 requests are of users unknown to the bundle" in caplog.text
     assert np.isfinite(stranger).all()
     assert stranger[0] == stranger[1]
     with pytest.raises(ValueError, match="request 2: expected items that the bundle knows, found 'gone'"):

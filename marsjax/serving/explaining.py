@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 
+from marsjax.data.content import IMAGES
 from marsjax.evaluation import page
 from marsjax.records import GROUP_NAMES
 from marsjax.serving import scoring
@@ -33,7 +34,7 @@ def make_page(snapshot: Snapshot, user: str, known: Known, image_folder: pathlib
     def card(item: int, note: str) -> page.ItemCard:
         name, image = str(bundle.items.raw_id_N[item]), None
         if image_folder is not None and "/" not in name and not name.startswith("."):
-            paths = (image_folder / f"{name}.{end}" for end in ("jpg", "jpeg", "png"))
+            paths = (image_folder / f"{name}{ending}" for ending in IMAGES)
             image = next((path for path in paths if path.is_file()), None)
         return page.ItemCard(str(bundle.items.title_N[item]) or name, note, image)
 

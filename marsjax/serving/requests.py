@@ -11,6 +11,8 @@ import numpy as np
 from marsjax import files
 from marsjax.serving.scoring import Request
 
+KEYS = ("user", "items", "history", "time")
+
 
 def read_requests(path: pathlib.Path) -> list[Request]:
     """Reads one request a line: {"user": ID, "items": [ID, ...], "history": [ID, ...], "time": SECONDS}.
@@ -26,6 +28,8 @@ def read_requests(path: pathlib.Path) -> list[Request]:
             continue
         try:
             value = json.loads(line)
+            if unknown := value.keys() - KEYS:
+                raise ValueError(f"unknown {', '.join(sorted(unknown))}; known are {', '.join(KEYS)}")
             history = value.get("history")
             requests.append(
                 Request(

@@ -81,18 +81,19 @@ def score(bundle: Bundle, requests: Sequence[Request]) -> list[np.ndarray]:
     """Click probabilities of every request's items, [C] float32 each.
 
     An unknown user has no history of its own but the one given, and borrows nothing. Unknown history items are
-    passed over, and counted in a warning.
+    passed over. Both are counted in a warning.
 
     Raises:
         ValueError: a candidate that the bundle does not know; the message names it.
     """
-    rows, unknown = [], 0
+    rows, unknown, strangers = [], 0, 0
     for number, request in enumerate(requests, start=1):
         target_C = item_numbers(bundle, request.items)
         if (target_C == 0).any():
             name = request.items[int(np.argmax(target_C == 0))]
             raise ValueError(f"request {number}: expected items that the bundle knows, found {name!r}; drop it")
         (user,) = user_numbers(bundle, [request.user])
+        strangers += int(user < 0)
         item_L, mark_L = own_history(bundle, user)
         if request.history is not None:
             item_L = item_numbers(bundle, request.history)
@@ -102,6 +103,8 @@ def score(bundle: Bundle, requests: Sequence[Request]) -> list[np.ndarray]:
         rows.append(Row(Profile(int(user), item_L, mark_L, table_lent(bundle, user)), target_C, request.time))
     if unknown:
         log.warning("%d history items of the requests are unknown to the bundle and were passed over", unknown)
+    if strangers:
+        log.warning("%d of %d requests are of users unknown to the bundle, who borrow nothing", strangers, len(rows))
     return score_rows(bundle, rows)
 
 
