@@ -204,7 +204,8 @@ def main() -> None:
     for part in parts.values():
         with tempfile.TemporaryDirectory() as folder:
             rows += part(pathlib.Path(folder))
-    service.write_results(arguments.output, rows, began, module="benchmarks.serving_faults")
+        # After each part: one that fails takes nothing of the others with it.
+        service.write_results(arguments.output, rows, began, module="benchmarks.serving_faults")
 
 
 if __name__ == "__main__":
