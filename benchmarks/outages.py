@@ -168,7 +168,9 @@ def outages(bundle: Bundle, folder: pathlib.Path, redis: bool) -> list[dict[str,
     """Rows of each injury, and of what was lost in all of them."""
     rows: list[dict[str, Any]] = []
     kind = "Redis" if redis else "SQLite"
-    with _disk(folder / "disk") as (root, own), stores.stored(root, redis) as (url, server):
+    # Versions, and donors old and new, are each about as large as the bundle.
+    size = 2**28 + 10 * sum(path.stat().st_size for path in bundle.folder.rglob("*") if path.is_file())
+    with _disk(folder / "disk", size) as (root, own), stores.stored(root, redis) as (url, server):
         injuries: list[Callable[[Injured], None]] = [damaged_bundle, truncated_index]
         injuries += [stop_redis, slow_redis] if redis else []
         # A Redis that is to write every command and cannot ends itself: that is `stop_redis`.
@@ -214,10 +216,10 @@ def outages(bundle: Bundle, folder: pathlib.Path, redis: bool) -> list[dict[str,
 
 
 @contextlib.contextmanager
-def _disk(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, bool]]:
-    """A folder, and whether it is a file system of its own of 1 GiB in memory, which takes root to mount."""
+def _disk(folder: pathlib.Path, size: int) -> Iterator[tuple[pathlib.Path, bool]]:
+    """A folder, and whether it is a file system of its own in memory, of so many bytes, which takes root to mount."""
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     try:
         yield folder, mounted

@@ -15,6 +15,8 @@ from marsjax.serving.bundle import Bundle
 from marsjax.serving.events import Event
 from marsjax.serving.storage import RUNNER, Storage, StorageError, open_storage
 
+LATER = 1_500_000_000  # than all that bundles know, or a full history would rightly leave new events out
+
 
 class Redis:
     """A server that writes every command to the disk before it answers."""
@@ -80,5 +82,5 @@ def drawn(bundle: Bundle, rng: random.Random, number: int, *, users: int = 0) ->
     user = f"new{rng.randrange(users or 1000)}" if new else str(known[rng.randrange(users or len(known))])
     item = str(names[1 + rng.randrange(len(names) - 1)])
     return Event(
-        f"e{number}", user, item, float(rng.random() < 0.5), 10**9 + number - (1000 if rng.random() < 0.05 else 0)
+        f"e{number}", user, item, float(rng.random() < 0.5), LATER + number - (1000 if rng.random() < 0.05 else 0)
     )
