@@ -71,7 +71,7 @@ class Load:
                 self.refused += 1
                 self._stop.wait(0.1)
             number += len(batch)
-            self._stop.wait(0.02)
+            self._stop.wait(0.05)
 
     def stop(self) -> None:
         """Ends all clients."""
@@ -179,7 +179,7 @@ def outages(bundle: Bundle, folder: pathlib.Path, redis: bool) -> list[dict[str,
         versions.publish(root, bundle.folder, keep=3)
         loose = {"storage": url, "rate": 1e9}
         serving = service.process("serve", root, port=port, poll_seconds=0.2, deadline_ms=1e4, **loose)
-        running = service.process("runner", root, train_seconds=0, lenders_seconds=5, rebuild_hour=-1, **loose)
+        running = service.process("runner", root, train_seconds=0, lenders_seconds=20, rebuild_hour=-1, **loose)
         with serving as started, running as runner:
             service.wait_ready(port, started)
             load = Load(bundle, port)

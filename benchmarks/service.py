@@ -152,9 +152,12 @@ def row(question: str, case: str, ours: float, other: float | None, name: str, t
     }  # fmt: skip
 
 
-def write_results(output: pathlib.Path | None, rows: Sequence[dict[str, Any]], began: float, *, module: str) -> None:
-    """Prints the rows, and writes them with the command, the commit, the machine and how busy it was."""
-    for found in rows:
+def write_results(
+    output: pathlib.Path | None, rows: Sequence[dict[str, Any]], began: float, *, module: str, printed: int = 0
+) -> None:
+    """Prints the rows but the first `printed`, and writes all with the command, the commit, the machine and how busy it
+    was."""
+    for found in rows[printed:]:
         sys.stdout.write(json.dumps(found) + "\n")
     if output is not None:
         # Where the bundle lies on this machine says nothing.

@@ -203,9 +203,11 @@ def main() -> None:
     }
     for part in parts.values():
         with tempfile.TemporaryDirectory() as folder:
-            rows += part(pathlib.Path(folder))
+            found = part(pathlib.Path(folder))
+        rows += found
         # After each part: one that fails takes nothing of the others with it.
-        service.write_results(arguments.output, rows, began, module="benchmarks.serving_faults")
+        printed = len(rows) - len(found)
+        service.write_results(arguments.output, rows, began, module="benchmarks.serving_faults", printed=printed)
 
 
 if __name__ == "__main__":
