@@ -125,7 +125,7 @@ def damaged_bundle(it: Injured) -> None:
     folder = versions.folder_of(it.root, damaged)
     shutil.copytree(versions.folder_of(it.root, current.version), folder)
     _flip(folder / "users.npz")
-    pointer = {"version": damaged, "published": time.time(), "earlier": [*current.earlier, current.version]}
+    pointer = {"version": damaged, "published": {damaged: time.time()}, "earlier": [*current.earlier, current.version]}
     files.write_json(it.root / versions.POINTER, pointer)
     it.wait_refused(before)
     time.sleep(SECONDS)

@@ -254,7 +254,8 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
         ),
     )
     say(
-        f"bundle of {config.export.method}, seed {context.seed}: {output}; score with `marsjax score --bundle={output}`"
+        f"bundle of {config.export.method}, seed {context.seed}: {output}; `marsjax score --bundle={output} "
+        f"--requests=FILE` scores with it, `marsjax publish --bundle={output} --root=DIR` serves it"
     )
 
 

@@ -72,7 +72,7 @@ COMMANDS = {
 }
 # fmt: on
 FLAG_HELP = {
-    "output": "where to write (default: in --workdir; for score, beside the requests)",
+    "output": "where to write (default: in --workdir; for score, beside the requests; for rebuild, none)",
     "quick": "a small version: some users, one seed, one epoch, few cells",
     "methods": "compare these alone, joined by commas, with the base (default: all)",
     "processes": "so many train side by side, each on its share of the processors; they share a GPU (default: 1)",
@@ -166,7 +166,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         example = (
-            "--root=DIR"
+            " ".join(f"--{flag}=DIR" for flag in command.flags)
             if command.serves
             else "--config=configs/synthetic.py"
             if command.needs_config

@@ -17,7 +17,7 @@ from marsjax.serving.events import (
     merge,
 )
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=20)
 EVENTS = st.builds(Event, TEXT, TEXT, TEXT, st.sampled_from([0.0, 1.0]), st.integers(-(2**53), 2**53))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

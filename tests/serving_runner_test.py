@@ -98,6 +98,7 @@ def test_garbage_and_what_is_never_acknowledged_become_dead_letters(storage, mod
     storage.append([b"\x00garbage", encode_event(Event("e", "u", "i", 1.0, 1)), b"{}"])
     consume(storage, model)
     assert {letter.data for letter in storage.dead_letters(10)} == {b"\x00garbage", b"{}"}
+    assert storage.dead_count() == 2
     assert storage.backlog(RUNNER) == 0
     storage.append([encode_event(Event("poison", "u", "i", 1.0, 1))])
     for _ in range(11):  # eleven processes died of it

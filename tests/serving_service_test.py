@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from marsjax import files
 from marsjax.records import LOW
 from marsjax.serving import bundle as serving
-from marsjax.serving import engine, lending, runner, scoring, service, snapshots, versions
-from marsjax.serving.storage import RUNNER, StorageError, open_storage
+from marsjax.serving import engine, lending, limits, runner, scoring, service, snapshots, versions
+from marsjax.serving.events import Event, encode_event
+from marsjax.serving.storage import RUNNER, Dead, StorageError, open_storage
 
 
 class Client:
@@ -253,6 +254,11 @@ class Broken:
     def append(self, data):
         raise StorageError("gone, at redis://secret:6379")
 
+    def backlog(self, group):
+        raise StorageError("gone")
+
+    dead_count = backlog
+
 
 @pytest.mark.parametrize("seconds", [0.0, 3.0])
 def test_a_slow_or_absent_store_costs_the_loan_and_not_the_answer(root, bundle, seconds):
@@ -269,11 +275,29 @@ def test_a_slow_or_absent_store_costs_the_loan_and_not_the_answer(root, bundle, 
             assert (answer["fallback"], answer["borrowed"]) == ("store", 0)
             np.testing.assert_allclose(answer["scores"], expected, atol=1e-6)
         assert time.monotonic() - began < 2.5
-        assert store.calls == 1  # then it is left alone
+        assert store.calls == (service.MISSES if seconds else 1)  # then it is left alone
         assert client.metric('marsjax_fallbacks_total{reason="store"}') == 3
         status, answer = client.post("/v1/events", {"events": [event("x", "u", "i")]})
         assert status == 503
         assert "secret" not in answer["error"]
+
+
+class Pausing(Broken):
+    """A store that is late now and then."""
+
+    def lookup(self, user, version):
+        self.calls += 1
+        if self.calls % service.MISSES:
+            time.sleep(0.3)
+        return None, None
+
+
+def test_a_store_that_is_late_now_and_then_is_asked_on(root, bundle):
+    store = Pausing(0.0)
+    with serving_from(root, store, store_deadline=0.1, store_pause=60.0) as client:
+        client.wait_ready()
+        found = [client.score(low_user(bundle), items(bundle, 2))["fallback"] for _ in range(2 * service.MISSES)]
+    assert found == 2 * [*(service.MISSES - 1) * ["store"], None]
 
 
 class Slow(Broken):
@@ -376,7 +400,7 @@ def test_what_is_remembered_goes_with_the_vector_the_donors_and_the_model(root, 
 
 
 def test_what_comes_too_late_is_scored_without_a_loan(root, storage, bundle):
-    with serving_from(root, storage, deadline=-1.0, live=True) as client:
+    with serving_from(root, storage, deadline=1e-9, live=True) as client:
         client.wait_ready()
         answer = client.score(low_user(bundle), items(bundle, 3))
         assert (answer["fallback"], answer["borrowed"]) == ("late", 0)
@@ -521,6 +545,8 @@ def test_bad_requests_are_told_what_is_wrong_and_nothing_of_the_machine(client):
         ({"user": "", "candidates": ["i"]}, 422, "body.user"),
         ({"user": "u", "candidates": ["i"], "more": 1}, 422, "body.more"),
         ({"user": "\ud800", "candidates": ["i"]}, 422, "body.user"),
+        ({"user": "u\0", "candidates": ["i"]}, 422, "body.user"),
+        ({"user": "u", "candidates": ["i\0"]}, 422, "body.candidates"),
         ({"user": "u", "candidates": ["i"], "context": {"time": 1e300}}, 422, "body.context.time"),
     ]
     for body, code, said in cases:
@@ -528,6 +554,8 @@ def test_bad_requests_are_told_what_is_wrong_and_nothing_of_the_machine(client):
         assert (status, set(answer)) == (code, {"error"}), (str(body)[:80], answer)
         assert said in answer["error"].lower()
         assert "/" not in answer["error"].replace("/openapi.json", "")
+    status, answer = client.post("/v1/score", {"user": "u", "candidates": ["i"]}, **{"content-type": "text/plain"})
+    assert (status, answer["error"]) == (422, "expected content-type application/json, found text/plain")
     assert client.call("GET", "/nowhere")[0] == 404
     assert client.call("GET", "/v1/score")[0] == 405
     status, answer = client.post("/v1/score", {"user": "u" * 2_000_000, "candidates": ["i"]})
@@ -586,6 +614,58 @@ def test_clients_have_a_rate(root, storage):
         ]
         assert {200, 429} == set(found)
         assert client.call("GET", "/healthz", raw=True)[0] == 200  # never limited
+
+
+@pytest.mark.parametrize("times", [0.9, 1.1, 2.0])
+def test_who_sends_more_than_the_rate_gets_the_rate(monkeypatch, times):
+    """Ten seconds of steady requests: as many are let through as a bucket of one second's worth does, and no fewer."""
+    clock = [0.0]
+    monkeypatch.setattr(limits.time, "monotonic", lambda: clock[0])
+    layer = limits.Limits(None, most_bytes=1, rate=20.0, heard=lambda path, status: None)
+    scope, sent = {"path": "/v1/score", "client": ("10.0.0.1", 1)}, int(10 * 20 * times)
+    admitted = 0
+    for _ in range(sent):
+        clock[0] += 10.0 / sent
+        admitted += layer._admits(scope)
+    assert abs(admitted - min(sent, 20 + 10 * 20)) <= 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("port", 99_999), ("port", 0), ("rate", -1.0), ("deadline", 0.0)])
+def test_numbers_that_cannot_be_are_refused(root, storage, name, value):
+    with pytest.raises(ValueError, match=rf"serving\.{name}(_ms)?: expected .*, found {value}"):
+        service.make_server(service.Settings(root, **{name: value}), storage)
+
+
+def test_what_waits_and_what_is_dead_can_be_seen(root, tmp_path):
+    store = open_storage(f"sqlite:{tmp_path}/s.sqlite", timeout=5.0, ttl=1000.0)
+    store.join(RUNNER)
+    with serving_from(root, store) as client:
+        client.wait_ready()
+        store.append([b"garbage", b"{}", b"[]"])
+        assert (client.metric("marsjax_backlog"), client.metric("marsjax_dead_letters")) == (3, 0)
+        messages = store.read(RUNNER, count=2, wait=0.0)
+        dead = [Dead(message.id, message.data, "nothing") for message in messages]
+        store.apply(RUNNER, {}, [], cap=1, seed=lambda user: [], dead=dead)
+        assert (client.metric("marsjax_backlog"), client.metric("marsjax_dead_letters")) == (1, 2)
+    store.close()
+    with serving_from(root, Broken(0.0)) as client:  # one that cannot say
+        client.wait_ready()
+        assert np.isnan(client.metric("marsjax_backlog"))
+
+
+def test_who_did_only_what_the_bundle_does_not_know_is_unknown(root, bundle, tmp_path):
+    """There is a vector in the store, of no items: it says nothing."""
+    store = open_storage(f"sqlite:{tmp_path}/s.sqlite", timeout=5.0, ttl=1000.0)
+    store.join(RUNNER)
+    model = runner.load_model(root, versions.read_current(root).version)
+    store.append([encode_event(Event("n1", "newcomer", "an item of tomorrow", 1.0, 5))])
+    runner.consume(store, model.bundle, count=10, wait=0.0, most_deliveries=3)
+    assert runner.embed_changed(store, model, count=10) == 1
+    with serving_from(root, store) as client:
+        client.wait_ready()
+        answer = client.score("newcomer", items(bundle, 2))
+    store.close()
+    assert (answer["fallback"], answer["borrowed"]) == ("unknown_user", 0)
 
 
 def test_tokens_guard_events_and_what_shows_users(client, monkeypatch, bundle):
@@ -661,6 +741,9 @@ def test_the_page_shows_who_lends_and_what_was_left_out(client, bundle, tmp_path
     status, html = client.call("GET", f"/explain?user={user}", raw=True)
     assert status == 200
     donor = client.post("/v1/augment", {"user": user})[1]["borrowed"][-1]["donor"]
+    borrowed = client.post("/v1/augment", {"user": user})[1]["borrowed"]
+    assert f"borrowed, most similar first: {min(len(borrowed), 12)} of {len(borrowed)}" in html
+    assert f"{borrowed[-1]['item']}, similarity" in html
     for text in (f"User {user}", donor, "rejected, least similar first", "with augmentation", "similarity"):
         assert text in html
     assert client.call("GET", "/explain?user=%3Cscript%3E", raw=True)[1].count("<script>") == 0

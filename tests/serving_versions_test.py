@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from marsjax import files
-from marsjax.serving import versions
+from marsjax.serving import snapshots, versions
 from marsjax.serving.bundle import check_bundle
 
 
@@ -38,8 +38,11 @@ def test_versions_are_published_kept_and_rolled_back(variants, tmp_path):
     assert versions.read_current(root).version == published[1]
     newest = versions.publish(root, variants[0], keep=3)  # a number that was never used before
     assert newest > published[3]
-    assert [path.name for path in sorted((root / "versions").iterdir())] == [published[1], newest]
+    # What was served last, and of what was gone back from the newest.
+    assert [path.name for path in sorted((root / "versions").iterdir())] == [published[1], published[3], newest]
     assert versions.rollback(root) == published[1]
+    again = versions.publish(root, versions.folder_of(root, published[3]), keep=3)  # forward again
+    assert versions.read_current(root).version == again
 
 
 def test_what_follows_one_version_does_not_replace_another(variants, tmp_path):
@@ -123,8 +126,24 @@ def test_clocks_do_not_order_versions(variants, tmp_path, monkeypatch):
     monkeypatch.setattr(versions.time, "time", lambda: 5.0)  # long ago
     second = versions.publish(root, variants[1], keep=3)
     assert second > first
-    assert versions.read_current(root) == versions.Current(second, 5.0, (first,))
+    current = versions.read_current(root)
+    assert (current.version, current.published[second], current.earlier) == (second, 5.0, (first,))
     assert versions.rollback(root) == first
+
+
+def test_a_version_is_as_old_as_it_is_though_it_is_served_again(variants, tmp_path, monkeypatch):
+    root, clock = tmp_path / "root", [10.0]
+    monkeypatch.setattr(versions.time, "time", lambda: clock[0])
+    first = versions.publish(root, variants[0], keep=2)
+    clock[0] = 20.0
+    second = versions.publish(root, variants[1], keep=2)
+    clock[0] = 30.0
+    versions.rollback(root)
+    assert snapshots.wanted(root) == snapshots.Wanted(first, "bundle", 10.0)
+    assert versions.read_current(root).published == {first: 10.0, second: 20.0}
+    versions.publish(root, variants[1], keep=2)
+    choices = snapshots.at_start(root, snapshots.wanted(root))
+    assert [(choice.version == first, choice.published) for choice in choices] == [(False, 30.0), (True, 10.0)]
 
 
 def test_publishers_take_turns(variants, tmp_path):

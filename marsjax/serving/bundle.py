@@ -309,4 +309,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 def _find(sorted_X: np.ndarray, names: Sequence[str]) -> np.ndarray:
     wanted = np.asarray(names, str)
     at = np.minimum(np.searchsorted(sorted_X, wanted), len(sorted_X) - 1)
-    return np.where(sorted_X[at] == wanted, at, -1) if len(wanted) else np.zeros(0, np.int64)
+    found = np.where(sorted_X[at] == wanted, at, -1) if len(wanted) else np.zeros(0, np.int64)
+    wrong = [x for x, name in enumerate(names) if "\x00" in name]
+    found[wrong] = -1  # arrays of text lose NULs at the end of a name, which would then be another one
+    return found

@@ -67,6 +67,8 @@ def check_id(name: str, value: Any) -> None:
     """Raises ValueError unless the value is text of 1 to `LONGEST_ID` characters that UTF-8 can hold."""
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_ID:
         raise ValueError(f"{name}: expected text of 1 to {LONGEST_ID} characters, found {str(value)[:60]!r}")
+    if "\x00" in value:  # arrays of text do without those at the end: another user's id
+        raise ValueError(f"{name}: expected text without NUL, found {value[:60]!r}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

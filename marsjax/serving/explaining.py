@@ -36,7 +36,8 @@ def make_page(snapshot: Snapshot, user: str, known: Known, image_folder: pathlib
         if image_folder is not None and "/" not in name and not name.startswith("."):
             paths = (image_folder / f"{name}{ending}" for ending in IMAGES)
             image = next((path for path in paths if path.is_file()), None)
-        return page.ItemCard(str(bundle.items.title_N[item]) or name, note, image)
+        title = str(bundle.items.title_N[item])
+        return page.ItemCard(title or name, f"{name}, {note}".strip(", ") if title else note, image)
 
     notes = {0: "", 1: "not liked", 2: "liked"}
     own = [
@@ -53,8 +54,8 @@ def make_page(snapshot: Snapshot, user: str, known: Known, image_folder: pathlib
         facts,
         (
             ("own history, the last of it", tuple(own)),
-            ("borrowed, most similar first", tuple(borrowed)),
-            ("rejected, least similar first", tuple(dropped)),
+            (f"borrowed, most similar first: {len(borrowed)} of {len(lent.item_S)}", tuple(borrowed)),
+            (f"rejected, least similar first: {len(dropped)} of {len(rejected)}", tuple(dropped)),
         ),
     )
     target_C = _targets(bundle.items.raw_id_N, [int(lent.item_S[s]) for s in order_S], [item for item, _ in rejected])

@@ -75,7 +75,8 @@ class Limits:
         client, now = (scope.get("client") or ("", 0))[0], time.monotonic()
         left, at = self._left.pop(client, (self._rate, now))
         left = min(self._rate, left + (now - at) * self._rate)
-        self._left[client] = (max(left - 1, 0.0), now)
+        # A refusal costs nothing, or who sends a little more than the rate would be refused for ever.
+        self._left[client] = (left - 1 if left >= 1 else left, now)
         if len(self._left) > CLIENTS:
             self._left.popitem(last=False)
         return left >= 1

@@ -44,8 +44,12 @@ class Measures:
         self.events = Counter("marsjax_events_accepted", "Events added to the stream.", registry=registry)
         self.refused = Counter("marsjax_refused", "Requests refused since too much was waiting.", registry=registry)
         self.swaps = Counter("marsjax_swaps", "Other versions: done or refused.", ("result",), registry=registry)
+        self.backlog = Gauge("marsjax_backlog", "Events that the runner is not done with.", registry=registry)
+        self.dead = Gauge("marsjax_dead_letters", "Messages that nothing could be made of.", registry=registry)
         self.compiled = Gauge("marsjax_compilations_while_serving", "Must stay 0.", registry=registry)
-        self.model_age = Gauge("marsjax_model_age_seconds", "Since the bundle was published.", registry=registry)
+        self.model_age = Gauge(
+            "marsjax_model_age_seconds", "Since the bundle that answers was published.", registry=registry
+        )
 
     def answered(self, path: str, status: int) -> None:
         """Counts an answer; paths that are none of ours are one series."""

@@ -240,6 +240,10 @@ class RedisStorage:
             found: Any = self._redis.xrevrange(DEAD, count=count)
             return [Dead(kept[b"id"].decode(), kept[FIELD], kept[b"reason"].decode()) for _, kept in found]
 
+    def dead_count(self) -> int:
+        with _answering():
+            return int(self._redis.xlen(DEAD))
+
     def close(self) -> None:
         self._redis.close()
         self._appends.close()

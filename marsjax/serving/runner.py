@@ -92,6 +92,8 @@ def consume(
             continue
         entries.setdefault(event.user, []).append(Entry(event.time, event.id, event.item, event.label))
         done.append(message.id)
+    if dead:
+        log.warning("%d messages became dead letters; the first: %s", len(dead), dead[0].reason)
     if messages:
         try:
             storage.apply(
@@ -297,6 +299,7 @@ def _run(settings: Settings, storage: Storage, stop: threading.Event, aside: fut
     root, turns = settings.root, Turns()
     model: Model | None = None
     joined: bool | None = False
+    waits = False  # for a bundle, and has said so
     follows_at = 0.0
     told_at = time.monotonic()
     rebuilt = datetime.date.today()
@@ -318,7 +321,9 @@ def _run(settings: Settings, storage: Storage, stop: threading.Event, aside: fut
             elif found is not model:
                 model, lenders = found, found.bundle.lenders  # those that were published last
         if model is None:
-            log.info("waiting for a bundle in %s: publish one", root)
+            if joined and not waits:
+                waits = True
+                log.info("waiting for a bundle in %s: publish one", root)
             stop.wait(PAUSE)
             continue
         taken = turns.attempt(

@@ -10,6 +10,7 @@ import gc
 import hmac
 import json
 import logging
+import math
 import os
 import pathlib
 import threading
@@ -36,13 +37,17 @@ from marsjax.serving.direct import Direct, json_error
 from marsjax.serving.engine import Answer, Compilations, Engine, Snapshot, Task, warm_up
 from marsjax.serving.events import LARGEST, LONGEST_ID, Event, encode_event
 from marsjax.serving.measures import Measures
-from marsjax.serving.storage import Storage, StorageError
+from marsjax.serving.storage import RUNNER, Storage, StorageError
 
 log = logging.getLogger(__name__)
 
+MISSES = 3  # looks into the store in a row that are late before it is left alone: one may be a pause of this process
 RETRY = 60.0  # seconds after which a version that was refused is tried again: a disk may have been out for a moment
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EVENTS_TOKEN, ADMIN_TOKEN = "MARSJAX_EVENTS_TOKEN", "MARSJAX_ADMIN_TOKEN"
+
+
+KEYS = {"deadline": "deadline_ms", "store_deadline": "store_deadline_ms", "poll": "poll_seconds"}  # in a configuration
 
 
 class Settings(NamedTuple):
@@ -66,7 +71,7 @@ class Settings(NamedTuple):
     cache: bool = True  # remember what users borrow
 
 
-Id = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_ID)]
+Id = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_ID, pattern=r"^[^\x00]+$")]
 
 
 class Body(BaseModel):
@@ -137,6 +142,8 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        guarded = ", ".join(name for name in (EVENTS_TOKEN, ADMIN_TOKEN) if os.environ.get(name)) or "no token"
+        log.info("http://%s:%d, guarded by %s", settings.host, settings.port, guarded)
         watcher = asyncio.create_task(state.watch())
         yield
         watcher.cancel()
@@ -181,10 +188,14 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
     may_send, may_look = _needs_token(EVENTS_TOKEN), _needs_token(ADMIN_TOKEN)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         code = 400 if first["type"] == "json_invalid" else 422
+        kind = request.headers.get("content-type", "none")
+        # The framework does not parse a body of another type, and then says that it is no object.
+        if request.method == "POST" and kind.partition(";")[0].strip().lower() != "application/json":
+            return JSONResponse({"error": f"expected content-type application/json, found {kind[:80]}"}, code)
         return JSONResponse({"error": f"{where}: {first['msg']}; see /openapi.json"}, code)
 
     @app.exception_handler(StarletteError)
@@ -262,7 +273,7 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
     @app.get("/metrics", response_class=PlainTextResponse, responses=refused, dependencies=[Depends(may_look)])
     async def metrics() -> Response:
         """Prometheus."""
-        state.measure()
+        await state.measure()
         return Response(generate_latest(state.measures.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/explain", response_class=HTMLResponse, responses=failures | refused, dependencies=[Depends(may_look)])
@@ -318,7 +329,8 @@ class State:
         self._appends = threading.BoundedSemaphore(settings.most_appends)
         self.snapshot: Snapshot | None = None
         self.refused_version, self._refused_until = "", 0.0
-        self._store_out_until = 0.0
+        self._store_out_until, self._misses = 0.0, 0
+        self._waits = False  # for a bundle, and has said so
 
     def close(self) -> None:
         """Answers what was taken, and ends the threads."""
@@ -357,6 +369,9 @@ class State:
         """The snapshot that should answer, warmed up, where it is another one than the present."""
         wanted = snapshots.wanted(self.settings.root)
         now = self.snapshot
+        if wanted is None and not self._waits:
+            self._waits = True
+            log.info("waiting for a bundle in %s: publish one", self.settings.root)
         if wanted is None or (wanted.key == self.refused_version and time.monotonic() < self._refused_until):
             return None
         if now is not None and wanted.key == snapshots.key_of(now):
@@ -389,11 +404,15 @@ class State:
             async with asyncio.timeout(self.settings.store_deadline):
                 found = await call
         except (StorageError, TimeoutError) as error:
-            if time.monotonic() >= self._store_out_until:
-                log.warning("the store did not answer and is left alone for a while: %s", error or "too slow")
-            self._store_out_until = time.monotonic() + self.settings.store_pause
+            self._misses = MISSES if isinstance(error, StorageError) else self._misses + 1
+            if self._misses >= MISSES:
+                if time.monotonic() >= self._store_out_until:
+                    why = str(error) or f"late {self._misses} times in a row"
+                    log.warning("the store does not answer and is left alone for a while: %s", why)
+                self._store_out_until, self._misses = time.monotonic() + self.settings.store_pause, 0
             self.measures.store_failures.inc()
             return None
+        self._misses = 0
         self.measures.seconds["lookup"].observe(time.monotonic() - began)
         return found
 
@@ -419,8 +438,16 @@ class State:
         self.measures.scored(answer, known, unseen, time.monotonic() - came)
         return answer, Found(known.fallback, known.profile.item_L, unseen)
 
-    def measure(self) -> None:
+    async def measure(self) -> None:
         """Gauges that are read when they are asked for."""
+        backlog = dead = math.nan  # where the store does not say
+        with contextlib.suppress(StorageError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                backlog, dead = await asyncio.to_thread(
+                    lambda: (self.storage.backlog(RUNNER), self.storage.dead_count())
+                )
+        self.measures.backlog.set(backlog)
+        self.measures.dead.set(dead)
         self.measures.compiled.set(self.compilations.serving - self.compiled_before)
         if self.snapshot is not None:
             self.measures.model_age.set(time.time() - self.snapshot.published)
@@ -453,12 +480,22 @@ def check_binding(host: str) -> None:
         )
 
 
+def check_ranges(settings: Settings) -> None:
+    """Raises ValueError where a number cannot be what it says."""
+    if not 1 <= settings.port <= 65_535:
+        raise ValueError(f"serving.port: expected 1 to 65535, found {settings.port}")
+    for name in ("deadline", "store_deadline", "poll", "most_candidates", "most_bytes", "rate"):
+        if (value := getattr(settings, name)) <= 0:
+            raise ValueError(f"serving.{KEYS.get(name, name)}: expected more than 0, found {value}")
+
+
 def make_server(settings: Settings, storage: Storage) -> uvicorn.Server:
     """The service with its HTTP server; `.run()` serves until it is stopped.
 
-    Raises ValueError for a binding that is not safe.
+    Raises ValueError for a binding that is not safe, or settings that cannot be.
     """
     check_binding(settings.host)
+    check_ranges(settings)
     config = uvicorn.Config(
         make_app(settings, storage), host=settings.host, port=settings.port, log_level="warning", access_log=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=10, server_header=False,

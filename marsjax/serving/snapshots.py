@@ -38,22 +38,25 @@ def wanted(root: pathlib.Path) -> Wanted | None:
     if current is None:
         return None
     path, lenders = pathlib.Path(root) / POINTER, IN_BUNDLE
+    published = current.published.get(current.version, 0.0)
     if path.is_file():
         try:
             value = files.read_json(path)
         except ValueError:
-            return Wanted(current.version, UNREADABLE, current.published)
+            return Wanted(current.version, UNREADABLE, published)
         if isinstance(value, dict) and value.get("version") == current.version:
             lenders = str(value.get("lenders"))
-    return Wanted(current.version, lenders, current.published)
+    return Wanted(current.version, lenders, published)
 
 
 def at_start(root: pathlib.Path, found: Wanted) -> list[Wanted]:
     """What may answer where nothing does yet, the best first: what `found` names, its bundle with the donors in it, and
     the versions that were served before, the latest first. Anything is better than no answer."""
     current = versions.read_current(root)
-    earlier = () if current is None else current.earlier[::-1]
-    choices = [found, *(found._replace(version=version, lenders=IN_BUNDLE) for version in (found.version, *earlier))]
+    earlier, times = ((), {}) if current is None else (current.earlier[::-1], current.published)
+    choices = [found]
+    for version in (found.version, *earlier):
+        choices.append(Wanted(version, IN_BUNDLE, times.get(version, 0.0)))
     return list(dict.fromkeys(choices))
 
 

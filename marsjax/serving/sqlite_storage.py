@@ -189,6 +189,10 @@ class SqliteStorage:
             query = "SELECT id, data, reason FROM dead ORDER BY id DESC LIMIT ?"
             return [Dead(str(number), data, reason) for number, data, reason in connection.execute(query, (count,))]
 
+    def dead_count(self) -> int:
+        with self._answering() as connection:
+            return int(connection.execute("SELECT count(*) FROM dead").fetchone()[0])
+
     def close(self) -> None:
         with self._lock:
             for connection in self._connections:

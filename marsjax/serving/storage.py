@@ -112,6 +112,9 @@ class Storage(Protocol):
     def dead_letters(self, count: int) -> list[Dead]:
         """The latest dead letters."""
 
+    def dead_count(self) -> int:
+        """How many dead letters are kept."""
+
     def close(self) -> None:
         """Lets go of files and connections."""
 

@@ -1,7 +1,7 @@
 """The bundles of a service: one folder a version, and a pointer to the one that is served.
 
 versions/000007-1f3a99c2/   a bundle, under a number that grows and the head of its sum
-CURRENT                     {"version": ..., "published": seconds, "earlier": [versions served before, the latest last]}
+CURRENT   {"version": ..., "published": {version: seconds}, "earlier": [versions served before, the latest last]}
 
 A version appears by a rename, and is served from the next rename on, that of the pointer.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from marsjax import files
@@ -23,7 +24,7 @@ class Current(NamedTuple):
     """What the pointer says."""
 
     version: str
-    published: float  # seconds since the epoch
+    published: Mapping[str, float]  # when each version that is there was published, in seconds since the epoch
     earlier: tuple[str, ...]  # the latest last
 
 
@@ -32,7 +33,8 @@ class Overtaken(ValueError):
 
 
 def publish(root: pathlib.Path, bundle: pathlib.Path, *, keep: int, only_after: str | None = None) -> str:
-    """Copies a bundle into `root`, points to it and removes all but the `keep` served last; returns the version.
+    """Copies a bundle into `root`, points to it and removes all but `keep` versions, those served last and then the
+    newest; returns the version.
 
     Args:
         only_after: the version that must be served now; None: any. What was made from one version must not undo that
@@ -60,7 +62,8 @@ def publish(root: pathlib.Path, bundle: pathlib.Path, *, keep: int, only_after: 
             check_bundle(partial)  # what was copied, not what was there before
             files.sync_folder(partial)
         files.sync_folder(root / VERSIONS, deep=False)  # that it has this name
-        _point(root, version, () if before is None else (*before.earlier, before.version))
+        times = {version: time.time()} if before is None else {**before.published, version: time.time()}
+        _point(root, version, () if before is None else (*before.earlier, before.version), times)
         _remove_old(root, keep)
     return version
 
@@ -82,7 +85,7 @@ def rollback(root: pathlib.Path) -> str:
                 f"{root}: expected an earlier version to go back to, found {found}; publish another bundle"
             )
         check_bundle(root / VERSIONS / earlier[-1])
-        _point(root, earlier[-1], tuple(earlier[:-1]))
+        _point(root, earlier[-1], tuple(earlier[:-1]), current.published if current is not None else {})
     return earlier[-1]
 
 
@@ -93,8 +96,9 @@ def read_current(root: pathlib.Path) -> Current | None:
         return None
     value: Any = files.read_json(path)
     try:
-        return Current(str(value["version"]), float(value["published"]), tuple(map(str, value["earlier"])))
-    except (KeyError, TypeError, ValueError) as error:
+        times = {str(version): float(at) for version, at in value["published"].items()}
+        return Current(str(value["version"]), times, tuple(map(str, value["earlier"])))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path}: expected version, published and earlier, found {type(error).__name__}: {error}; publish again"
         ) from error
@@ -105,10 +109,11 @@ def folder_of(root: pathlib.Path, version: str) -> pathlib.Path:
     return pathlib.Path(root) / VERSIONS / version
 
 
-def _point(root: pathlib.Path, version: str, earlier: tuple[str, ...]) -> None:
+def _point(root: pathlib.Path, version: str, earlier: tuple[str, ...], times: Mapping[str, float]) -> None:
     there = {path.name for path in _versions(root)}
     kept = [name for name in earlier if name in there and name != version]
-    files.write_json(root / POINTER, {"version": version, "published": time.time(), "earlier": kept})
+    published = {name: at for name, at in times.items() if name in there}
+    files.write_json(root / POINTER, {"version": version, "published": published, "earlier": kept})
 
 
 def _versions(root: pathlib.Path) -> list[pathlib.Path]:
@@ -116,10 +121,12 @@ def _versions(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _remove_old(root: pathlib.Path, keep: int) -> None:
-    """Keeps what was served last: a version that was rolled back from is no use any more."""
-    current = read_current(root)
-    kept = [] if current is None else [current.version, *current.earlier[::-1]][:keep]
-    for path in _versions(root):
+    """Keeps what was served last, and then the newest of what was gone back from: it may have been a mistake, and what
+    the runner trained is nowhere else."""
+    current, there = read_current(root), _versions(root)
+    served = () if current is None else (current.version, *current.earlier[::-1])
+    kept = list(dict.fromkeys([*served, *(path.name for path in there[::-1])]))[:keep]
+    for path in there:
         if path.name not in kept:
             files.remove_folder(path)
 
