@@ -1,5 +1,8 @@
 """Online and offline are the same functions: what is looked up is what training saw."""
 
+import pathlib
+
+import jax
 import numpy as np
 import pytest
 
@@ -112,6 +115,10 @@ def test_the_portable_function_scores_as_the_module_does(bundle):
     function = portable.load_scoring(bundle.folder / serving.SCORING)
     leaves = checkpoint.load_params(bundle.folder / "ctr")
     tables = portable.table_arrays(bundle.tables)
+    with np.load(bundle.folder / serving.READ_BY_SCORING) as stored:  # the same, for who has NumPy alone
+        assert set(stored) == {f"leaf:{name}" for name in leaves} | {f"table:{name}" for name in tables}
+        for name, value in [*leaves.items(), *tables.items()]:
+            np.testing.assert_array_equal(stored[f"{'leaf' if name in leaves else 'table'}:{name}"], value)
     for users, length in ((low_users(bundle)[:3], 13), (low_users(bundle)[:7], 20)):
         rows = [
             scoring.Row(
@@ -136,6 +143,24 @@ def test_the_portable_function_scores_as_the_module_does(bundle):
         )
         assert batch.borrowed_BL.any()
         np.testing.assert_allclose(np.asarray(found), expected, atol=1e-6)
+
+
+def test_the_page_says_how_to_score_without_this_package(bundle, tmp_path):
+    """The example of docs/serving.md, on a bundle that a training has continued."""
+    scaled = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(0.5), bundle.params)
+    ctr = {"params": scaled, "statistics": bundle.statistics}
+    serving.continue_bundle(tmp_path / "bundle", bundle, ctr=ctr, trained={"factor": 0.5})
+    made = serving.load_bundle(tmp_path / "bundle")
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    (example,) = (part.partition("```")[0] for part in text.split("```python\n")[1:] if "stablehlo" in part)
+    user = str(made.users.raw_user_U[low_users(made)[0]])
+    names = tuple(str(name) for name in made.items.raw_id_N[[3, 5]])
+    told = 'folder, user, candidates = "runs/bundle/", "42", ["7", "9"]'
+    assert told in example
+    values = {}
+    exec(example.replace(told, f"folder, user, candidates = {f'{made.folder}/'!r}, {user!r}, {names!r}"), values)
+    (expected,) = scoring.score(made, [scoring.Request(user, names)])
+    np.testing.assert_allclose(values["scores"], expected, atol=1e-6)
 
 
 def test_the_encoder_of_a_bundle_makes_the_vectors_of_the_pipeline(bundle):

@@ -2,8 +2,9 @@
 
 manifest.json      versions, counts, configuration, sha256 of every file
 ctr/, alignment/   parameters (orbax)
-scoring.stablehlo  the scoring function (`jax.export`), for any batch and history length, without its parameters; only
-                   where flatbuffers, with which jax writes it, was installed
+scoring.stablehlo  the scoring function (`jax.export`), for any batch and history length; only where flatbuffers, with
+                   which jax writes it, was installed
+scoring.npz        what that function reads beside the batch: parameters and tables
 items.npz          ids, titles, categories, static vectors, content
 knowledge.npz      rates and counts of likes, and opinions that go together, where the model reads them
 features.npz       what the encoder reads of the items
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 FORMAT = 4
 PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "usearch")
 MANIFEST = "manifest.json"
-SCORING = "scoring.stablehlo"
+SCORING, READ_BY_SCORING = "scoring.stablehlo", "scoring.npz"
 PyTree = Any
 
 
@@ -171,6 +172,7 @@ def write_bundle(
                 model, ctr["params"], ctr["statistics"], tables, dense=knowledge.dense_width(known)
             )
             files.write_bytes(partial / SCORING, function)
+            files.write_arrays(partial / READ_BY_SCORING, **portable.read_arrays(ctr, tables))
         files.write_arrays(partial / "items.npz", **items._asdict())
         files.write_arrays(partial / "users.npz", **users._asdict())
         files.write_arrays(partial / "knowledge.npz", **known._asdict())
@@ -192,9 +194,11 @@ def continue_bundle(folder: pathlib.Path, bundle: Bundle, *, ctr: PyTree, traine
     need_new(folder)
     with files.write_folder(folder) as partial:
         for name in bundle.manifest["sha256"]:
-            if not name.startswith("ctr/"):
+            if not name.startswith("ctr/") and name != READ_BY_SCORING:
                 files.copy_file(bundle.folder / name, partial / name)
         checkpoint.save_params(partial / "ctr", ctr)
+        if SCORING in bundle.manifest["sha256"]:
+            files.write_arrays(partial / READ_BY_SCORING, **portable.read_arrays(ctr, bundle.tables))
         content = {name: bundle.manifest[name] for name in ("config", "lends", "counts")}
         _seal(partial, content | {"trained": dict(trained)})
 

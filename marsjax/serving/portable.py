@@ -79,5 +79,13 @@ def table_arrays(tables: ItemTables, of: Any = np.asarray) -> dict[str, Any]:
     return {name: of(value) for name, value in named.items() if value is not None}
 
 
+def read_arrays(ctr: PyTree, tables: ItemTables) -> dict[str, np.ndarray]:
+    """The first two arguments of the exported function in one file: parameters and statistics under "leaf:PATH", tables
+    under "table:NAME"."""
+    paths, _ = jax.tree_util.tree_flatten_with_path({name: ctr[name] for name in ("params", "statistics")})
+    leaves = {f"leaf:{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in paths}
+    return leaves | {f"table:{name}": np.asarray(value) for name, value in table_arrays(tables).items()}
+
+
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), np.asarray(leaf).dtype)
