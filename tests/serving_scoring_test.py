@@ -145,6 +145,13 @@ def test_the_portable_function_scores_as_the_module_does(bundle):
         np.testing.assert_allclose(np.asarray(found), expected, atol=1e-6)
 
 
+def test_a_name_with_nul_is_another_name(bundle):
+    """Arrays of text lose them at the end."""
+    item, user = str(bundle.items.raw_id_N[3]), str(bundle.users.raw_user_U[2])
+    np.testing.assert_array_equal(serving.item_numbers(bundle, [item, item + "\0"]), [3, 0])
+    np.testing.assert_array_equal(serving.user_numbers(bundle, [user + "\0", user]), [-1, 2])
+
+
 def test_the_page_says_how_to_score_without_this_package(bundle, tmp_path):
     """The example of docs/serving.md, on a bundle that a training has continued."""
     scaled = jax.tree.map(lambda leaf: np.asarray(leaf) * np.float32(0.5), bundle.params)
