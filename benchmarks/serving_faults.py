@@ -34,7 +34,7 @@ from marsjax.serving.bundle import Bundle, continue_bundle, load_bundle, load_en
 from marsjax.serving.events import decode_history, encode_event
 from marsjax.serving.storage import RUNNER
 
-SOAKED = 200  # known users of the soak, and as many new ones
+SOAKED = 25  # known users of the soak, and as many new ones: a vector is made for each of them once in 1000 events
 
 
 def kills(bundle: Bundle, folder: pathlib.Path, count: int, redis: bool) -> list[dict[str, Any]]:
