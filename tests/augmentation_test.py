@@ -364,3 +364,20 @@ def test_donors_are_as_wide_as_the_longest_of_them():
     assert few.item_PL.shape[1] == 5
     last_P = (donors.item_PL > 0).sum(axis=1) - 1
     np.testing.assert_array_equal(few.item_PL[:, -1], donors.item_PL[np.arange(len(last_P)), last_P])
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.25, 0.5, 0.9])
+def test_comparing_all_pairs_is_sorting(monkeypatch, quantile):
+    """With ties, repeats and padding: short rows are compared pair by pair, long ones sorted."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        similarity_BS = (rng.integers(0, 5, (16, 9)) / 4).astype(np.float32)
+        valid_BS = rng.random((16, 9)) < rng.random((16, 1))
+        item_BS = rng.integers(1, 6, (16, 9)).astype(np.int32)
+        found = []
+        for paired in (0, 9):
+            monkeypatch.setattr(mars, "PAIRED", paired)
+            theta_B = mars.threshold(similarity_BS, valid_BS, value=None, quantile=quantile)
+            found.append((np.asarray(theta_B), np.asarray(mars.drop_repeats(item_BS, valid_BS))))
+        np.testing.assert_array_equal(found[0][0], found[1][0])
+        np.testing.assert_array_equal(found[0][1], found[1][1])

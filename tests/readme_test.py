@@ -29,6 +29,21 @@ def test_the_page_of_findings_quotes_the_committed_results():
     assert report.as_short_markdown(read("ml1m_sparse5_strong_decay")["rows"]).strip() in text
 
 
+@pytest.mark.parametrize("name", ["serving_faults", "serving_faults_redis", "serving_swaps", "serving_soak"])
+def test_no_fault_lost_anything(name):
+    rows = read(name)["rows"]
+    assert rows
+    assert [row["case"] for row in rows if row["met"] is False] == []
+
+
+@pytest.mark.parametrize("name", ["serving_soak", "serving_soak_redis"])
+def test_the_page_of_serving_quotes_the_soak(name):
+    memory, rate, _ = read(name)["rows"]
+    text = (ROOT / "docs" / "serving.md").read_text()
+    assert f"| {', '.join(map(str, memory['mebibytes']))} |" in text
+    assert f"{rate['ours']:,.0f}" in text
+
+
 @pytest.mark.parametrize("events", [3, 5, 10, 20])
 def test_the_page_of_findings_quotes_what_short_histories_tell(events):
     rows = {

@@ -12,6 +12,10 @@ import numpy as np
 
 from marsjax.records import Array, Borrowed, Donors, Neighbours
 
+# Entries of which all pairs are compared, where more are sorted: XLA sorts on a CPU by one comparison after the other,
+# and vectorises what goes through all pairs, which pays up to some 300.
+PAIRED = 256
+
 
 class Candidates(NamedTuple):
     """Everything that was considered for borrowing, kept or not. S = K donors x L items, most similar donor last."""
@@ -46,10 +50,14 @@ def threshold(
     if value is not None:
         return jnp.full(similarity_BS.shape[:1], value, similarity_BS.dtype)
     assert quantile is not None
-    sorted_BS = jnp.sort(jnp.where(valid_BS, similarity_BS, jnp.inf), axis=1)
+    value_BS = jnp.where(valid_BS, similarity_BS, jnp.inf)
     count_B = jnp.sum(valid_BS, axis=1)
     rank_B = jnp.clip(jnp.floor(quantile * count_B).astype(jnp.int32), 0, jnp.maximum(count_B - 1, 0))
-    return jnp.take_along_axis(sorted_BS, rank_B[:, None], axis=1)[:, 0]
+    if value_BS.shape[1] > PAIRED:
+        return jnp.take_along_axis(jnp.sort(value_BS, axis=1), rank_B[:, None], axis=1)[:, 0]
+    # The order statistic is the largest value that no more than `rank` others are below.
+    below_BS = jnp.sum(value_BS[:, None, :] < value_BS[:, :, None], axis=2, dtype=jnp.int32)
+    return jnp.max(jnp.where(below_BS <= rank_B[:, None], value_BS, -jnp.inf), axis=1)
 
 
 def best_run(gain_BL: jax.Array, valid_BL: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -124,6 +132,11 @@ STRATEGIES = {
 
 def drop_repeats(item_BS: jax.Array, kept_BS: jax.Array) -> jax.Array:
     """Of several kept entries of one item, keeps the last: the nearest donor's, nearest to the own history."""
+    length = item_BS.shape[1]
+    if length <= PAIRED:
+        later_SS = jnp.arange(length)[None, :] > jnp.arange(length)[:, None]
+        same_BSS = (item_BS[:, None, :] == item_BS[:, :, None]) & kept_BS[:, None, :]
+        return kept_BS & ~jnp.any(same_BSS & later_SS[None], axis=2)
     # Stable sort by item brings the repeats together, in their order; the last of each group stays.
     key_BS = jnp.where(kept_BS, item_BS, -1)
     order_BS = jnp.argsort(key_BS, axis=1, stable=True)

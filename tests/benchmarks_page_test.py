@@ -1,0 +1,71 @@
+"""The tables of docs/performance.md are those of the committed results."""
+
+import json
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def rows_of(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+
+
+def stein():
+    by_case = {}
+    for row in rows_of("stein"):
+        by_case.setdefault(row["case"], {})[row["other_name"]] = row["ratio"]
+    for case, ratio in by_case.items():
+        if "floor" in ratio:
+            over = [ratio.get("naive"), ratio.get("SSGE"), 1 / ratio["floor"], 1 / ratio["two scores"]]
+            yield case, *("" if value is None else f"{value:.1f}" for value in over)
+
+
+def tables():
+    for row in rows_of("tables"):
+        yield row["case"].split()[0], f"{row['ratio']:.2f}"
+
+
+def input_pipeline():
+    rows = rows_of("input_pipeline")
+    made = {row["case"]: row["ours"] for row in rows if row["ratio"] is None}
+    for row in rows:
+        if row["ratio"] is not None:
+            case = row["case"].removeprefix("batch 512, ")
+            yield case, f"{1 / row['ratio']:.3f}", f"{made[row['case']]:.2f}"
+
+
+def devices():
+    rows = rows_of("devices")
+    for history in (50, 200):
+        case = f"batch 512, history {history}, "
+        found = {row["case"].removeprefix(case): 1 / row["ratio"] for row in rows if row["other_name"] == "one device"}
+        (half,) = (1 / row["ratio"] for row in rows if row["case"] == f"{case}cpu")
+        yield str(history), *(f"{found[f'{count} devices']:.2f}" for count in (2, 4, 8)), f"{half:.2f}"
+
+
+def retrieval():
+    for users in (10_000, 100_000):
+        rows = [row for row in rows_of("retrieval") if row["case"].startswith(f"{users} users")]
+        search = [row for row in rows if "0.99" in row["question"]]
+        others = [
+            next(row["ratio"] for row in search if name in row["other_name"])
+            for name in ("faiss", "hnswlib", "f32", "i8")
+        ]
+        (whole,) = (row["ratio"] for row in rows if "whole" in row["question"])
+        yield f"{users:,}", *(f"{ratio:.2f}" for ratio in (*others, whole))
+
+
+def hosts():
+    for row in rows_of("hosts"):
+        yield row["case"], f"{1 / row['ratio']:.2f}"
+
+
+@pytest.mark.parametrize("table", [stein, tables, input_pipeline, devices, retrieval])
+def test_the_page_of_performance_quotes_the_committed_results(table):
+    text = (ROOT / "docs" / "performance.md").read_text()
+    lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in table()]
+    assert len(lines) >= 2
+    for line in lines:
+        assert line in text.replace("|  |", "| |")
