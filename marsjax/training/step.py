@@ -8,6 +8,7 @@ and one device is the case in which the share is the whole.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,6 +49,17 @@ def total(value: PyTree, axis_name: str | None) -> PyTree:
     return value if axis_name is None else lax.psum(value, axis_name)
 
 
+def total_at_once(value: PyTree, axis_name: str | None) -> PyTree:
+    """As `total`, with one message for all leaves: between processes each costs about a millisecond, however small."""
+    if axis_name is None:
+        return value
+    leaves, structure = jax.tree.flatten(value)
+    flat = lax.psum(jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]), axis_name)
+    ends = itertools.accumulate(leaf.size for leaf in leaves)
+    parts = [flat[end - leaf.size : end].reshape(leaf.shape) for leaf, end in zip(leaves, ends, strict=True)]
+    return jax.tree.unflatten(structure, parts)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def init_variables(module: nn.Module, options: tuple[tuple[str, Any], ...], key: jax.Array, *inputs: PyTree) -> PyTree:
     """The variables of a module as they are drawn; `options` are those of its call.
@@ -80,8 +92,7 @@ def make_step(loss: LossFn, optimizer: optax.GradientTransformation, *, axis_nam
             return share.loss, share
 
         gradient, share = jax.grad(share_of, has_aux=True)(state.params)
-        gradient = total(gradient, axis_name)
-        metrics = total({"loss": share.loss, **share.metrics}, axis_name)
+        gradient, metrics = total_at_once((gradient, {"loss": share.loss, **share.metrics}), axis_name)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         updates = jax.tree.map(lambda update: update * state.rate_scale, updates)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
