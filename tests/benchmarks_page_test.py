@@ -62,7 +62,16 @@ def hosts():
         yield row["case"], f"{1 / row['ratio']:.2f}"
 
 
-@pytest.mark.parametrize("table", [stein, tables, input_pipeline, devices, retrieval, hosts])
+def scale():
+    rows = rows_of("scale")
+    peak = {row["case"]: row["ours"] for row in rows if row["question"] == "peak memory, GB"}
+    for row in rows:
+        if row["question"].startswith("seconds of the pipeline"):
+            users = row["case"].split(",")[0]
+            yield f"{int(users.split()[0]):,}", f"{row['ours']:.1f}", f"{peak[users]:.2f}"
+
+
+@pytest.mark.parametrize("table", [stein, tables, input_pipeline, devices, retrieval, hosts, scale])
 def test_the_page_of_performance_quotes_the_committed_results(table):
     text = (ROOT / "docs" / "performance.md").read_text()
     lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in table()]

@@ -44,6 +44,15 @@ def test_the_page_of_serving_quotes_the_soak(name):
     assert f"{rate['ours']:,.0f}" in text
 
 
+def test_the_plan_for_many_users_is_made_of_the_committed_rates():
+    rows, text = read("serving_rebuild")["rows"], (ROOT / "docs" / "serving.md").read_text()
+    used = ("read into shards", "by one process", "into the store", "bytes of", "into an index")
+    found = [f"{row['ours']:,.0f}" for row in rows if any(words in row["question"] for words in used)]
+    assert len(found) == 6
+    assert [figure for figure in found if figure not in text] == []
+    assert all(row["met"] is not False for row in rows)  # Ray's files are those of one process
+
+
 @pytest.mark.parametrize("events", [3, 5, 10, 20])
 def test_the_page_of_findings_quotes_what_short_histories_tell(events):
     rows = {
