@@ -288,13 +288,13 @@ class Pausing(Broken):
     def lookup(self, user, version):
         self.calls += 1
         if self.calls % service.MISSES:
-            time.sleep(0.3)
+            time.sleep(2.0)
         return None, None
 
 
 def test_a_store_that_is_late_now_and_then_is_asked_on(root, bundle):
     store = Pausing(0.0)
-    with serving_from(root, store, store_deadline=0.1, store_pause=60.0) as client:
+    with serving_from(root, store, store_deadline=0.7, store_pause=60.0) as client:
         client.wait_ready()
         found = [client.score(low_user(bundle), items(bundle, 2))["fallback"] for _ in range(2 * service.MISSES)]
     assert found == 2 * [*(service.MISSES - 1) * ["store"], None]

@@ -442,7 +442,7 @@ class State:
         """Gauges that are read when they are asked for."""
         backlog = dead = math.nan  # where the store does not say
         with contextlib.suppress(StorageError, TimeoutError):
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(3.0):
                 backlog, dead = await asyncio.to_thread(
                     lambda: (self.storage.backlog(RUNNER), self.storage.dead_count())
                 )
