@@ -73,6 +73,9 @@ SETTINGS = {  # what matters most where ids of few events overfit: how much they
 def full(known: frozenset[str]) -> tuple[Part, ...]:
     """The whole study, of the methods that are `known`."""
 
+    def of(*names: str) -> tuple[str, ...]:
+        return tuple(name for name in names if name in known)
+
     def variant(part: str, label: str, changes: Mapping[str, str], methods: tuple[str, ...] = ALONE,
                 x: float | None = None, inputs: str = "strong") -> Cell:  # fmt: skip
         slug = "".join(letter if letter.isalnum() or letter == "." else "_" for letter in label)
@@ -103,10 +106,6 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
         "ids only": {"alignment.modalities": ""},
     }
     paddings = {"most similar": "most_similar", "filter": "filter", "kth similar": "kth_similar", "DP": "dp"}
-
-    def of(*names: str) -> tuple[str, ...]:
-        return tuple(name for name in names if name in known)
-
     return (
         Part(
             "headline",

@@ -29,7 +29,9 @@ def test_the_page_of_findings_quotes_the_committed_results():
     assert report.as_short_markdown(read("ml1m_sparse5_strong_decay")["rows"]).strip() in text
 
 
-@pytest.mark.parametrize("name", ["serving_faults", "serving_faults_redis", "serving_swaps", "serving_soak"])
+@pytest.mark.parametrize(
+    "name", ["serving_faults", "serving_faults_redis", "serving_swaps", "serving_soak", "serving_soak_redis"]
+)
 def test_no_fault_lost_anything(name):
     rows = read(name)["rows"]
     assert rows

@@ -200,6 +200,8 @@ def test_events_reach_histories_vectors_and_scores(client, storage, bundle):
     assert warm["fallback"] is None
     assert warm["borrowed"] > 0
     assert warm["donor"] in set(map(str, bundle.users.raw_user_U))
+    bare = client.score("newcomer", names, history=[])  # what replaces the history leaves the vector
+    assert (bare["donor"], bare["borrowed"]) == (warm["donor"], warm["borrowed"])
     after = client.score(known, names)
     assert after["scores"] != before["scores"]
     assert client.post("/v1/augment", {"user": known})[1]["history"][-1] == names[0]

@@ -57,7 +57,12 @@ def json_error(error: HTTPException) -> Response:
 
 def _is_json(scope: Scope) -> bool:
     kinds = [value for name, value in scope["headers"] if name == b"content-type"]
-    return len(kinds) == 1 and kinds[0].partition(b";")[0].strip().lower() == b"application/json"
+    return len(kinds) == 1 and means_json(kinds[0].decode("latin-1"))
+
+
+def means_json(content_type: str) -> bool:
+    """Whether the value of a content-type is that of JSON."""
+    return content_type.partition(";")[0].strip().lower() == "application/json"
 
 
 def _again(messages: list[Any], receive: Receive) -> Receive:

@@ -71,7 +71,8 @@ def find_user(
     if not len(snapshot.lenders.user_index.user_P):
         return found._replace(fallback="empty_index")
     if bundle.manifest["lends"]["live"]:
-        if vector is not None and not found.cold:  # of items that the bundle knows: else it says nothing
+        # A vector of a stored history without an item that the bundle knows says nothing.
+        if vector is not None and (history is not None or not found.cold):
             return found._replace(vector_D=vector.vector_D)
         changed = entries is not None or always_live or snapshot.lenders_version != "bundle"
         if number >= 0 and changed:

@@ -31,9 +31,9 @@ from starlette.exceptions import HTTPException as StarletteError
 
 from marsjax import __version__
 from marsjax.evaluation import page
-from marsjax.serving import explaining, limits, people, scoring, snapshots
+from marsjax.serving import explaining, limits, people, scoring, snapshots, versions
 from marsjax.serving.bundle import item_numbers
-from marsjax.serving.direct import Direct, json_error
+from marsjax.serving.direct import Direct, json_error, means_json
 from marsjax.serving.engine import Answer, Compilations, Engine, Snapshot, Task, warm_up
 from marsjax.serving.events import LARGEST, LONGEST_ID, Event, encode_event
 from marsjax.serving.measures import Measures
@@ -144,6 +144,8 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         guarded = ", ".join(name for name in (EVENTS_TOKEN, ADMIN_TOKEN) if os.environ.get(name)) or "no token"
         log.info("http://%s:%d, guarded by %s", settings.host, settings.port, guarded)
+        if not (settings.root / versions.POINTER).is_file():
+            log.info("waiting for a bundle in %s: publish one", settings.root)
         watcher = asyncio.create_task(state.watch())
         yield
         watcher.cancel()
@@ -194,7 +196,7 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
         code = 400 if first["type"] == "json_invalid" else 422
         kind = request.headers.get("content-type", "none")
         # The framework does not parse a body of another type, and then says that it is no object.
-        if request.method == "POST" and kind.partition(";")[0].strip().lower() != "application/json":
+        if request.method == "POST" and not means_json(kind):
             return JSONResponse({"error": f"expected content-type application/json, found {kind[:80]}"}, code)
         return JSONResponse({"error": f"{where}: {first['msg']}; see /openapi.json"}, code)
 
@@ -330,7 +332,6 @@ class State:
         self.snapshot: Snapshot | None = None
         self.refused_version, self._refused_until = "", 0.0
         self._store_out_until, self._misses = 0.0, 0
-        self._waits = False  # for a bundle, and has said so
 
     def close(self) -> None:
         """Answers what was taken, and ends the threads."""
@@ -369,9 +370,6 @@ class State:
         """The snapshot that should answer, warmed up, where it is another one than the present."""
         wanted = snapshots.wanted(self.settings.root)
         now = self.snapshot
-        if wanted is None and not self._waits:
-            self._waits = True
-            log.info("waiting for a bundle in %s: publish one", self.settings.root)
         if wanted is None or (wanted.key == self.refused_version and time.monotonic() < self._refused_until):
             return None
         if now is not None and wanted.key == snapshots.key_of(now):

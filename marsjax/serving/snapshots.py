@@ -54,10 +54,8 @@ def at_start(root: pathlib.Path, found: Wanted) -> list[Wanted]:
     the versions that were served before, the latest first. Anything is better than no answer."""
     current = versions.read_current(root)
     earlier, times = ((), {}) if current is None else (current.earlier[::-1], current.published)
-    choices = [found]
-    for version in (found.version, *earlier):
-        choices.append(Wanted(version, IN_BUNDLE, times.get(version, 0.0)))
-    return list(dict.fromkeys(choices))
+    others = (Wanted(version, IN_BUNDLE, times.get(version, 0.0)) for version in (found.version, *earlier))
+    return list(dict.fromkeys([found, *others]))
 
 
 def key_of(snapshot: Snapshot) -> str:

@@ -62,8 +62,8 @@ def publish(root: pathlib.Path, bundle: pathlib.Path, *, keep: int, only_after: 
             check_bundle(partial)  # what was copied, not what was there before
             files.sync_folder(partial)
         files.sync_folder(root / VERSIONS, deep=False)  # that it has this name
-        times = {version: time.time()} if before is None else {**before.published, version: time.time()}
-        _point(root, version, () if before is None else (*before.earlier, before.version), times)
+        earlier, times = ((), {}) if before is None else ((*before.earlier, before.version), before.published)
+        _point(root, version, earlier, {**times, version: time.time()})
         _remove_old(root, keep)
     return version
 
@@ -79,13 +79,13 @@ def rollback(root: pathlib.Path) -> str:
         current = read_current(root)
         there = {path.name for path in _versions(root)}
         earlier = [] if current is None else [version for version in current.earlier if version in there]
-        if not earlier:
+        if current is None or not earlier:
             found = "nothing published" if current is None else f"only {current.version}"
             raise ValueError(
                 f"{root}: expected an earlier version to go back to, found {found}; publish another bundle"
             )
         check_bundle(root / VERSIONS / earlier[-1])
-        _point(root, earlier[-1], tuple(earlier[:-1]), current.published if current is not None else {})
+        _point(root, earlier[-1], tuple(earlier[:-1]), current.published)
     return earlier[-1]
 
 

@@ -45,12 +45,8 @@ StepFn = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.
 
 
 def total(value: PyTree, axis_name: str | None) -> PyTree:
-    """Sum over the devices; the value itself where there is no axis."""
-    return value if axis_name is None else lax.psum(value, axis_name)
-
-
-def total_at_once(value: PyTree, axis_name: str | None) -> PyTree:
-    """As `total`, with one message for all leaves: between processes each costs about a millisecond, however small."""
+    """Sum over the devices; the value itself where there is no axis. The leaves have one type, and go in one message:
+    between processes each costs about a millisecond, however small."""
     if axis_name is None:
         return value
     leaves, structure = jax.tree.flatten(value)
@@ -92,7 +88,7 @@ def make_step(loss: LossFn, optimizer: optax.GradientTransformation, *, axis_nam
             return share.loss, share
 
         gradient, share = jax.grad(share_of, has_aux=True)(state.params)
-        gradient, metrics = total_at_once((gradient, {"loss": share.loss, **share.metrics}), axis_name)
+        gradient, metrics = total((gradient, {"loss": share.loss, **share.metrics}), axis_name)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         updates = jax.tree.map(lambda update: update * state.rate_scale, updates)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
