@@ -296,6 +296,7 @@ def search_rows(count: int, machine: harness.Machine, arguments: argparse.Namesp
         }  # fmt: skip
         yield row | {"note": "; ".join(notes)}
     yield default_row(count, engines[OURS], planted, exact, first_exact, arguments)
+    yield building_row(count, planted, exact, arguments)
     for quantity, question, scale in (
         ("seconds", "seconds of building", 1.0),
         ("resident", "megabytes resident, with the vectors", 1e-6),
@@ -310,6 +311,34 @@ def search_rows(count: int, machine: harness.Machine, arguments: argparse.Namesp
                 "note": f"{arguments.build_threads} thread(s); the vectors are {count * arguments.width * 4e-6:.0f} MB",
             }  # fmt: skip
     yield whole_row(count, engines[OURS].index, planted, machine, arguments)
+
+
+def building_row(count: int, planted: Planted, exact: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Building on all cores against building on one, which the pipeline does, by turns, with the recall of both."""
+    from marsjax import retrieval
+
+    turns: dict[str, list[float]] = {"all": [], "one": []}
+    found: dict[str, float] = {}
+    for _ in range(3 if count <= 100_000 else 1):  # minutes each
+        for name, threads in (("all", 0), ("one", 1)):
+            began = time.perf_counter()
+            index = retrieval.build_index(planted.base_PD, planted.user_P, threads=threads)
+            turns[name].append(time.perf_counter() - began)
+            sample_QD = planted.query_QD[: len(exact.valid_BK)]
+            found[name] = retrieval.recall(retrieval.search(index, sample_QD, k=arguments.donors), exact)
+    if found["all"] < found["one"] - 0.01:
+        raise SystemExit(f"an index built on all cores has a recall of {found['all']:.4f}, on one {found['one']:.4f}")
+    timed = {name: harness.Timed(seconds, []) for name, seconds in turns.items()}
+    cores = len(os.sched_getaffinity(0))
+    row = harness.compare(
+        "seconds of building on all cores, against one", f"{count} users, {cores} cores", timed["all"], timed["one"],
+        "one thread", scale=1.0,
+    )  # fmt: skip
+    at_k = f"recall@{arguments.donors}"
+    return row | {
+        "ours_recall_k": found["all"], "other_recall_k": found["one"],
+        "note": f"{at_k} {found['all']:.4f} and {found['one']:.4f}; of several threads no two graphs are equal",
+    }  # fmt: skip
 
 
 def ours_with(made: Engine, unit_PD: np.ndarray) -> Engine:

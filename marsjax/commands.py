@@ -323,6 +323,7 @@ def runner(config: ConfigDict, *, root: pathlib.Path | None) -> None:
         root=root,
         batch=cfg.batch,
         lenders_seconds=cfg.lenders_seconds,
+        index_threads=cfg.index_threads,
         rebuild_hour=cfg.rebuild_hour,
         train_seconds=cfg.train_seconds,
         training=continuation.Settings(least_events=cfg.train_events, rate=cfg.train_rate, margin=cfg.margin),

@@ -204,6 +204,7 @@ def default_config(preset: str = "mars") -> ConfigDict:
     serving.keep = 5  # published versions
     serving.batch = 1000  # runner: events, and users, at a time
     serving.lenders_seconds = 300.0  # runner: between two indexes of donors; 0 builds none
+    serving.index_threads = 1  # runner: threads that build it; 0: one a processor, beside the service if it is there
     serving.rebuild_hour = 3  # runner: hour of the day after which all is made anew; -1: never
     serving.shards = 16  # rebuild: files that the users are split into
     serving.workers = 0  # rebuild: processes on Ray Data; 0: this one alone

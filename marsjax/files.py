@@ -8,17 +8,24 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
 log = logging.getLogger(__name__)
+
+ALIGNED = 64  # bytes, a line of the cache, and what XLA asks of an array that it is to read where it lies
+ZIP_HEADER, ZIP64, ZIP_FIELD = 30, 20, 4  # bytes of a member's head, and of what may follow the name
+PADDING = 0xD935  # the field that Android's zipalign pads with; readers skip it
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @contextlib.contextmanager
@@ -179,11 +186,48 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def write_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
-    """Writes an uncompressed .npz. Arrays of Python objects, which could not be read back, raise ValueError."""
+    """Writes an uncompressed .npz, for `map_arrays` or `np.load`. Arrays of Python objects, which could not be read
+    back, raise ValueError."""
     for name, array in arrays.items():
         _refuse_objects(name, np.asarray(array))
-    with replacing(path) as file:  # not through memory, which would hold large arrays twice more
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    # Not through memory, which would hold large arrays twice more. As `np.savez` does, but that numbers begin at whole
+    # multiples of ALIGNED: without, what is mapped would be copied wherever it is used.
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            member = zipfile.ZipInfo(f"{name}.npy")
+            head = file.tell() + ZIP_HEADER + len(member.filename.encode()) + ZIP64 + ZIP_FIELD
+            spare = -head % ALIGNED
+            member.extra = PADDING.to_bytes(2, "little") + spare.to_bytes(2, "little") + bytes(spare)
+            with archive.open(member, "w", force_zip64=True) as written:
+                np.lib.format.write_array(written, np.asanyarray(array), allow_pickle=False)
+
+
+def map_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an uncompressed .npz, read-only and left on disk: a page is read when it is touched, and processes
+    that map one file share its memory. The file may be replaced or removed, but not be changed.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError, zipfile.BadZipFile: it is damaged, or no such file.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(path) as archive:
+        raw = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{path}: expected arrays without compression, found {member.filename} with")
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                if version not in HEADERS:
+                    raise ValueError(f"{path}: expected arrays of format 1 or 2, found {member.filename} of {version}")
+                shape, by_columns, dtype = HEADERS[version](file)
+                skip = file.tell()
+            # Of the member itself: names and extra fields of these lengths follow.
+            head = raw[member.header_offset + 26 : member.header_offset + ZIP_HEADER].view("<u2")
+            begin = member.header_offset + ZIP_HEADER + int(head.sum()) + skip
+            flat = raw[begin : begin + dtype.itemsize * math.prod(shape)].view(dtype)
+            arrays[member.filename.removesuffix(".npy")] = flat.reshape(shape, order="F" if by_columns else "C")
+    return arrays
 
 
 def write_array(path: pathlib.Path, array: np.ndarray) -> None:

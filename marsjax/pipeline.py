@@ -412,8 +412,8 @@ def embed_stage(context: Context, space: Space) -> tuple[Embeddings, pathlib.Pat
         files.write_arrays(folder / "embeddings.npz", user_UD=user_UD, item_ND=item_ND, **ids)
 
     folder = stages(f"embeddings-seed{seed}", key, build)
-    with np.load(folder / "embeddings.npz") as arrays:
-        return Embeddings(arrays["item_ND"], arrays["user_UD"]), folder
+    arrays = files.map_arrays(folder / "embeddings.npz")
+    return Embeddings(arrays["item_ND"], arrays["user_UD"]), folder
 
 
 def augment_stage(context: Context, space: Space, vectors: Embeddings) -> Donation:
@@ -488,8 +488,7 @@ def opinions_stage(
         )
         files.write_arrays(folder / "opinions.npz", **learnt._asdict())
 
-    with np.load(stages("opinions", key, build) / "opinions.npz") as arrays:
-        return posterior.Opinions(**arrays)
+    return posterior.Opinions(**files.map_arrays(stages("opinions", key, build) / "opinions.npz"))
 
 
 def train_stage(context: Context, donation: Donation | None, method: str) -> Trained:

@@ -79,16 +79,25 @@ def exact_search(
 
 
 def build_index(
-    base_PD: np.ndarray, user_P: np.ndarray, *, connectivity: int = 16, expansion_add: int = 128, dtype: str = "f16"
+    base_PD: np.ndarray,
+    user_P: np.ndarray,
+    *,
+    connectivity: int = 16,
+    expansion_add: int = 128,
+    dtype: str = "f16",
+    threads: int = 1,
 ) -> UserIndex:
-    """An HNSW index over the users' vectors, built on one thread, so that equal input gives an equal graph.
+    """An HNSW index over the users' vectors. On one thread equal input gives an equal graph; on more, or with 0 one for
+    each processor, it takes less time, and each build gives another graph, which finds as many.
 
     Half precision in the graph costs little recall, since similarities are computed from the vectors, and takes less
     time to build and half the memory (`benchmarks/retrieval.py`).
 
     A vector with NaN or infinity, or without length, never enters the graph: it is left out and counted. A user with
-    two vectors raises ValueError.
+    two vectors raises ValueError, as does a negative number of threads.
     """
+    if threads < 0:
+        raise ValueError(f"threads: expected 0 (one for each processor) or more, found {threads}")
     unit_PD, user_P, left_out = _sound(base_PD, user_P)
     if left_out:
         log.warning(
@@ -96,7 +105,7 @@ def build_index(
         )
     graph = _graph(unit_PD.shape[1], connectivity, expansion_add, dtype)
     if len(user_P):
-        graph.add(np.arange(len(user_P), dtype=np.uint64), unit_PD, threads=1)
+        graph.add(np.arange(len(user_P), dtype=np.uint64), unit_PD, threads=threads)
     return UserIndex(graph, unit_PD, user_P, left_out)
 
 

@@ -65,7 +65,7 @@ def test_our_side_alone_is_measured_without_the_others(without_others):
     for row in rows:
         assert set(row) >= PERFORMANCE
         assert json.loads(json.dumps(row, allow_nan=False)) == row
-    names = {"USearch f32", "USearch i8", "exact_search", "search alone"}
+    names = {"USearch f32", "USearch i8", "exact_search", "one thread", "search alone"}
     assert {row["other_name"] for row in rows} == names
     searches = [row for row in rows if "ours_ef" in row]
     assert all(row["ours_recall_1"] >= retrieval.RECALL for row in searches)

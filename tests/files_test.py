@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -18,6 +19,50 @@ def test_round_trips(tmp_path):
     files.write_arrays(tmp_path / "x.npz", one=np.arange(3), two=np.array(["a", "bc"]))
     with np.load(tmp_path / "x.npz") as arrays:
         np.testing.assert_array_equal(arrays["two"], ["a", "bc"])
+
+
+ARRAYS = {
+    "numbers": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "columns": np.asfortranarray(np.arange(6).reshape(2, 3)),
+    "texts": np.array(["a", "bc", "caf\u00e9"]),
+    "nothing": np.zeros((0, 5), np.float64),
+    "alone": np.float64(2.5),
+    "flags": np.array([True, False, True]),
+    "after_three_bytes": np.arange(5),
+}
+
+
+def test_arrays_are_mapped_where_they_lie(tmp_path):
+    files.write_arrays(tmp_path / "x.npz", **ARRAYS)
+    mapped = files.map_arrays(tmp_path / "x.npz")
+    (tmp_path / "x.npz").unlink()  # as versions are that nobody serves any more
+    assert list(mapped) == list(ARRAYS)
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(mapped[name], array)
+        assert mapped[name].dtype == np.asarray(array).dtype
+        assert mapped[name].ctypes.data % files.ALIGNED == 0 or not mapped[name].size
+        assert not mapped[name].flags.owndata
+        with pytest.raises(ValueError, match="read-only"):
+            mapped[name][...] = array
+
+
+def test_other_programs_read_the_arrays_and_theirs_are_mapped(tmp_path):
+    files.write_arrays(tmp_path / "ours.npz", **ARRAYS)
+    np.savez(tmp_path / "theirs.npz", **ARRAYS)
+    with np.load(tmp_path / "ours.npz") as ours, zipfile.ZipFile(tmp_path / "ours.npz") as archive:
+        assert archive.testzip() is None
+        for name, array in files.map_arrays(tmp_path / "theirs.npz").items():
+            np.testing.assert_array_equal(ours[name], array)
+
+
+def test_what_cannot_be_mapped_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / "small.npz", one=np.arange(3))
+    with pytest.raises(ValueError, match="small.npz: expected arrays without compression, found one.npy"):
+        files.map_arrays(tmp_path / "small.npz")
+    files.write_arrays(tmp_path / "cut.npz", one=np.arange(1000))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:4000])
+    with pytest.raises(zipfile.BadZipFile):
+        files.map_arrays(tmp_path / "cut.npz")
 
 
 def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):

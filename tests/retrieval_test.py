@@ -69,6 +69,16 @@ def test_ties_go_to_the_lower_user():
     np.testing.assert_array_equal(found.user_BK, [[1, 3, 5]])
 
 
+def test_an_index_of_several_threads_finds_as_many():
+    base, query = vectors(3000), vectors(200, seed=1)
+    exact = retrieval.exact_search(query, base, np.arange(3000), k=5)
+    for threads in (2, 0):
+        found = retrieval.search(retrieval.build_index(base, np.arange(3000), threads=threads), query, k=5)
+        assert retrieval.recall(found, exact) > 0.97
+    with pytest.raises(ValueError, match="threads: expected 0 .* or more, found -1"):
+        retrieval.build_index(base, np.arange(3000), threads=-1)
+
+
 def test_no_unsound_vector_enters_the_graph():
     """A NaN in the graph damages every later search; with 5 bad rows among 2,000 the good ones find themselves."""
     base = vectors(2000)

@@ -166,7 +166,7 @@ def test_donors_who_went_on_lend_what_they_did_since(storage, model):
     donor, names = str(bundle.users.raw_user_U[donors.user_P[0]]), bundle.items.raw_id_N[1:15]
     send(storage, [Event(f"d{i}", donor, str(name), 1.0, 10**6 + i) for i, name in enumerate(names)])
     consume(storage, model)
-    renewed = runner.renew_lenders(storage, model, bundle.lenders)
+    renewed = runner.renew_lenders(storage, model, bundle.lenders, threads=2)
     assert runner.renew_lenders(storage, model, renewed) is None  # nothing is newer
     np.testing.assert_array_equal(renewed.donors.item_PL[1:], donors.item_PL[1:])
     last = renewed.donors.item_PL[0]

@@ -61,6 +61,12 @@ def test_lenders_come_back_as_they_were_written(bundle, tmp_path):
     )
 
 
+def test_tables_of_a_bundle_stay_on_the_disk(bundle):
+    for array in (bundle.users.user_UD, bundle.users.item_H, bundle.items.item_ND, bundle.lenders.donors.item_PL):
+        assert not array.flags.owndata
+        assert not array.flags.writeable
+
+
 def test_scores_do_not_depend_on_what_else_is_scored(bundle):
     rng = np.random.default_rng(0)
     names, users = bundle.items.raw_id_N[1:], bundle.users.raw_user_U

@@ -12,9 +12,8 @@ from marsjax.records import LOW, TEST, TRAIN, Dataset, Log, Queries, Rows
 
 
 def read_candidates(path: pathlib.Path) -> Candidates:
-    """Reads what `files.write_arrays(path, **candidates._asdict())` wrote."""
-    with np.load(path) as arrays:
-        return Candidates(**{name: arrays[name] for name in Candidates._fields})
+    """What `files.write_arrays(path, **candidates._asdict())` wrote, left on disk."""
+    return Candidates(**files.map_arrays(path))
 
 
 def statistics(candidates: Candidates, queries: Queries, rows: Rows, log: Log) -> dict[str, float]:

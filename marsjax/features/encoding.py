@@ -233,8 +233,9 @@ class _Known:
             if not set(arrays) >= KEYS or str(arrays["facts_sha256"]) != facts_sha256:
                 log.info("%s was made in another way and is made anew", path)
                 return
-        self.row_IF, self.cut_I = _map_array(path, "embedding"), _map_array(path, "cut")
-        self.place = {digest.tobytes(): row for row, digest in enumerate(_map_array(path, "content_sha256"))}
+        known = files.map_arrays(path)
+        self.row_IF, self.cut_I = known["embedding"], known["cut"]
+        self.place = {digest.tobytes(): row for row, digest in enumerate(known["content_sha256"])}
 
 
 def _is_whole(path: pathlib.Path) -> bool:
@@ -251,19 +252,6 @@ def _is_whole(path: pathlib.Path) -> bool:
         RuntimeError,
     ):  # as what is damaged may raise
         return False
-
-
-def _map_array(path: pathlib.Path, name: str) -> np.ndarray:
-    """An array of an uncompressed .npz, left on disk."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        np.lib.format.read_magic(member)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-        skip, start = member.tell(), archive.getinfo(f"{name}.npy").header_offset
-    with path.open("rb") as file:
-        file.seek(start)
-        head = file.read(30)  # of the member: names and extra fields of these lengths follow
-    start += 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
-    return np.memmap(path, dtype, "r", start + skip, shape)
 
 
 def _write(

@@ -247,16 +247,13 @@ def check_bundle(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def load_bundle(folder: pathlib.Path) -> Bundle:
-    """Loads a bundle; every file is held against its sum first. Raises as `check_bundle`."""
+    """Loads a bundle; every file is held against its sum first. What is not for the device stays on the disk until it
+    is needed. Raises as `check_bundle`."""
     folder = pathlib.Path(folder)
     manifest = check_bundle(folder)
-    with np.load(folder / "users.npz") as arrays:
-        users = Users(**{name: arrays[name] for name in Users._fields})
-    with np.load(folder / "items.npz") as arrays:
-        items = Items(**{name: arrays[name] for name in Items._fields})
+    users, items = Users(**files.map_arrays(folder / "users.npz")), Items(**files.map_arrays(folder / "items.npz"))
     model = make_backbone(manifest["config"]["ctr"], **manifest["counts"])
-    with np.load(folder / "knowledge.npz") as arrays:
-        known = Knowledge(**{name: arrays[name] for name in Knowledge._fields})
+    known = Knowledge(**files.map_arrays(folder / "knowledge.npz"))
     tables = _tables(items, manifest["counts"]["n_items"])
     dense = knowledge.dense_width(known)
     template = jax.eval_shape(lambda: objective.init_model(model, tables, seed=0, dense=dense))
@@ -285,10 +282,10 @@ def _tables(items: Items, n_items: int) -> ItemTables:
 def load_encoder(bundle: Bundle) -> Encoder:
     """The encoder of the aligned space, on the device."""
     module = alignment.make_encoder(bundle.manifest["config"]["alignment"], n_items=len(bundle.items.raw_id_N))
-    with np.load(bundle.folder / "features.npz") as arrays:
-        tables = alignment.FeatureTables(
-            *({name: arrays[f"{kind}_{name}"] for name in module.modalities} for kind in ("feature", "present"))
-        )
+    arrays = files.map_arrays(bundle.folder / "features.npz")
+    tables = alignment.FeatureTables(
+        *({name: arrays[f"{kind}_{name}"] for name in module.modalities} for kind in ("feature", "present"))
+    )
     one_BL, one_BT = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
     batch = AlignmentBatch(one_BL, one_BL, one_BT, one_BT, one_BL[0])
     template = jax.eval_shape(lambda: module.init(jax.random.key(0), batch, tables)["params"])

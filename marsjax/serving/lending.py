@@ -110,9 +110,9 @@ def read_lenders(folder: pathlib.Path, item_ND: np.ndarray) -> Lenders:
 
     Raises ValueError where the index is damaged.
     """
-    with np.load(folder / DONORS) as arrays:
-        donors = Donors(**{name: arrays[name] for name in Donors._fields})
-        mark_PL, centre_D = arrays["mark_PL"], arrays["centre_D"]
+    arrays = files.map_arrays(folder / DONORS)
+    donors = Donors(**{name: arrays[name] for name in Donors._fields})
+    mark_PL, centre_D = arrays["mark_PL"], arrays["centre_D"]
     path = folder / UNITS
     unit_PLD = np.load(path, mmap_mode="r") if path.is_file() else None
     unit_ND = units(item_ND, centre_D) if unit_PLD is None else None

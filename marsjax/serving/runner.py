@@ -48,6 +48,7 @@ class Settings(NamedTuple):
     wait: float = 0.2  # seconds to wait for an event
     most_deliveries: int = 10  # of a message; then it is a dead letter
     lenders_seconds: float = 300.0  # between two indexes; 0: never
+    index_threads: int = 1  # that build one; 0: as many as there are processors
     rebuild_hour: int = 3  # local hour after which everything is made anew once a day; -1: never
     trim_seconds: float = 30.0
     follow_seconds: float = 30.0  # after a version that cannot be loaded
@@ -151,8 +152,9 @@ def embed_changed(storage: Storage, model: Model, *, count: int) -> int:
     return len(changed)
 
 
-def renew_lenders(storage: Storage, model: Model, lenders: Lenders) -> Lenders | None:
-    """The donors with the histories that the store has now, in a new index; None where these are those of `lenders`."""
+def renew_lenders(storage: Storage, model: Model, lenders: Lenders, *, threads: int = 1) -> Lenders | None:
+    """The donors with the histories that the store has now, in a new index, built on so many threads; None where these
+    are those of `lenders`."""
     bundle, donors = model.bundle, lenders.donors
     names = bundle.users.raw_user_U[donors.user_P]
     stored = [
@@ -179,7 +181,7 @@ def renew_lenders(storage: Storage, model: Model, lenders: Lenders) -> Lenders |
         unit_PLD = np.array(unit_PLD)
         vector_XLD = embeddings.contextual_vectors(*model.encoder, item_PL[at_X])
         unit_PLD[at_X] = embeddings.units(vector_XLD, lenders.centre_D)
-    index = retrieval.build_index(donor_PD - lenders.centre_D, donors.user_P)
+    index = retrieval.build_index(donor_PD - lenders.centre_D, donors.user_P, threads=threads)
     return Lenders(Donors(donors.user_P, item_PL, time_PL), mark_PL, lenders.centre_D, unit_PLD, lenders.unit_ND, index)
 
 
@@ -263,10 +265,10 @@ def _join(storage: Storage, *, trains: bool) -> bool:
     return True
 
 
-def _publish_lenders(root: pathlib.Path, storage: Storage, model: Model, lenders: Lenders) -> Lenders | None:
-    renewed = renew_lenders(storage, model, lenders)
+def _publish_lenders(settings: Settings, storage: Storage, model: Model, lenders: Lenders) -> Lenders | None:
+    renewed = renew_lenders(storage, model, lenders, threads=settings.index_threads)
     if renewed is not None:
-        log.info("donors: %s", snapshots.publish_lenders(root, model.version, renewed))
+        log.info("donors: %s", snapshots.publish_lenders(settings.root, model.version, renewed))
     return renewed
 
 
@@ -339,7 +341,7 @@ def _run(settings: Settings, storage: Storage, stop: threading.Event, aside: fut
             turns.attempt("rebuilding", storage.touch_all)
         if turns.due("donors", settings.lenders_seconds) or rebuild:
             since = model.bundle.lenders if rebuild else lenders
-            renewed = turns.attempt("donors", _publish_lenders, root, storage, model, since)
+            renewed = turns.attempt("donors", _publish_lenders, settings, storage, model, since)
             lenders = lenders if renewed is None else renewed
         # Histories first: a row is trained with what its user did before.
         caught_up = taken is not None and taken < settings.batch
