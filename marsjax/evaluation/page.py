@@ -174,7 +174,9 @@ def plot_table(plot: Plot) -> Table:
         (plot.x_names[int(x)] if plot.x_names else f"{x:g}", *(by.get(i, "-") for i in range(len(plot.series))))
         for (x, _), by in sorted(found.items())
     )
-    return Table(f"{plot.caption}: {plot.y_label}", (plot.x_label, *(series.name for series in plot.series)), lines)
+    caption = f"{plot.caption}: {plot.y_label}" if plot.y_label else plot.caption
+    first = "" if plot.x_names else plot.x_label  # names need none, and their axis is that of the numbers
+    return Table(caption, (first, *(series.name for series in plot.series)), lines)
 
 
 def _table(table: Table) -> str:

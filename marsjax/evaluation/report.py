@@ -323,6 +323,9 @@ def title(rows: Sequence[Mapping[str, Any]], *, short: bool = False) -> str:
     low = next(row["mean"] for row in rows if row["metric"] == "rows" and row["group"] == "low")
     first = rows[0]
     lent = "" if short else "; lent: borrowed items a row"
+    users = {row["group"]: row["mean"] for row in rows if row["metric"] == "gauc_users" and row["mean"] is not None}
+    if not short and users:
+        lent += f"; gauc counts {users['all']:.0f} users, {users.get('low', 0):.0f} of them low-active"
     claim = "" if first["seeds"] >= ENOUGH_SEEDS else f"; fewer than {ENOUGH_SEEDS} seeds: no claim"
     return (
         f"{first['dataset']}, {first['split']}, {first['inputs']} inputs, {first['seeds']} seed(s); {count:.0f} test "

@@ -45,18 +45,26 @@ def of_methods(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
     """Table 2: every method, what it gains over the base, and what was seen on validation rows."""
     drawn: list[Table | Plot | Case] = []
     for _, result in finished:
-        header, lines = report.cells(result["rows"])
-        drawn.append(Table(report.title(result["rows"]), tuple(header), tuple(map(tuple, lines))))
+        drawn.append(quality(result))
         for group in ("low", "all"):
             drawn += gains(result, group, "auc")
-        drawn.append(beside_the_paper(result))
-        for compared in report.families(result["comparisons"]):
-            header, lines = report.comparison_cells(compared)
-            caption = f"{compared[0]['method']} against the others"
-            drawn.append(Table(caption, tuple(header), tuple(map(tuple, lines))))
-        drawn.append(validation(result))
-        drawn += by_length(result)
+        drawn += [beside_the_paper(result), *compared(result), validation(result), *by_length(result)]
     return tuple(drawn)
+
+
+def quality(result: Results) -> Table:
+    """Every method by every metric."""
+    header, lines = report.cells(result["rows"])
+    return Table(report.title(result["rows"]), tuple(header), tuple(map(tuple, lines)))
+
+
+def compared(result: Results) -> list[Table]:
+    """What the published method, and the variant that validation rows chose, are better by than the others."""
+    tables = []
+    for family in report.families(result["comparisons"]):
+        header, lines = report.comparison_cells(family)
+        tables.append(Table(f"{family[0]['method']} against the others", tuple(header), tuple(map(tuple, lines))))
+    return tables
 
 
 def gains(result: Results, group: str, metric: str) -> list[Plot]:
@@ -234,6 +242,7 @@ def of_search(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
 
         lines = tuple((method, *(shown(rows[name]) for name in settings)) for method, rows in by_method.items())
         drawn.append(Table("AUC of low-active users' validation rows, first seed", ("method", *settings), lines))
+        drawn += [quality(result), *compared(result)]
     return tuple(drawn) + of_sparse(part, finished)
 
 
