@@ -95,6 +95,7 @@ def reproduce(
     pipeline.tell(dataset.problems)
     shelf, stages = cells.Shelf(dataset, users=first.data.sample_users), Stages(workdir)
     sections: list[page.Section] = []
+    hours = 0.0  # of what the cells hold; stages that several share count in each
     left_out: list[str] = []  # parts that were not asked for, and of which nothing is there
     planned = {
         cell.name: cells.plan_cell(config, dataset, cell, workdir, command) for part in plan for cell in part.cells
@@ -122,6 +123,7 @@ def reproduce(
             if (known := planned[cell.name].known()) is not None:
                 results[cell.name] = known
                 stages.commits |= set(known["commit"].split(", "))
+                hours += known["wall_seconds"] / 3600
         drawn: tuple[Any, ...] = ()
         wanted = not names or part.name in names
         if part.kind == "statistics":
@@ -143,6 +145,7 @@ def reproduce(
         "command": command,
         "commit": ", ".join(sorted(stages.commits | {current_commit()})),
         "machine": machine_description(),
+        "hours of work in the cells, one process": f"{hours:.1f}",
         "seconds of this run": f"{time.monotonic() - began:.0f}",
     }
     page.write_page(page.Page(f"MARS on {dataset.name}", tuple(facts.items()), tuple(sections)), workdir)
