@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 METRIC = "ip"  # of unit vectors: the cosine, without USearch dividing by a norm that may be zero
 FEW = 16  # queries that one thread searches for
+SAME = 1e-4  # distance of a vector to itself in half precision, at the most
+TWINS = 5  # neighbours among which a user must find itself, or so many of its vector
 CHUNK = 65_536  # queries of an index at a time
 ENTRIES = 1 << 25  # similarities at a time: those of 1,024 queries to a million users are 4 GB, several times over
 GRAPH, VECTORS, DESCRIPTION = "graph.usearch", "vectors.npz", "index.json"
@@ -88,7 +90,8 @@ def build_index(
     threads: int = 1,
 ) -> UserIndex:
     """An HNSW index over the users' vectors. On one thread equal input gives an equal graph; on more, or with 0 one for
-    each processor, it takes less time, and each build gives another graph, which finds as many.
+    each processor, it takes less time, and each build gives another graph, which finds as many: users whom it does not
+    find are added again.
 
     Half precision in the graph costs little recall, since similarities are computed from the vectors, and takes less
     time to build and half the memory (`benchmarks/retrieval.py`).
@@ -104,9 +107,29 @@ def build_index(
             "retrieval: %d of %d user vectors are not finite or empty and were left out", left_out, len(base_PD)
         )
     graph = _graph(unit_PD.shape[1], connectivity, expansion_add, dtype)
+    slot_P = np.arange(len(user_P), dtype=np.uint64)
     if len(user_P):
-        graph.add(np.arange(len(user_P), dtype=np.uint64), unit_PD, threads=threads)
+        graph.add(slot_P, unit_PD, threads=threads)
+    if threads != 1 and len(user_P):
+        # Users who are added side by side do not see each other, and a few in a thousand end with no way to them.
+        lost = _lost(graph, unit_PD, slot_P)
+        if len(lost):
+            graph.remove(lost)
+            graph.add(lost, unit_PD[lost.astype(np.int64)], threads=1)
     return UserIndex(graph, unit_PD, user_P, left_out)
+
+
+def _lost(graph: usearch.index.Index, unit_PD: np.ndarray, slot_P: np.ndarray) -> np.ndarray:
+    """Slots [X] uint64 of vectors that a search for themselves does not find."""
+    parts = []
+    count = min(TWINS, len(slot_P))
+    for i in range(0, len(slot_P), CHUNK):
+        found = graph.search(unit_PD[i : i + CHUNK], count, threads=0)
+        key_BK = np.asarray(found.keys).reshape(-1, count)
+        distance_BK = np.asarray(found.distances).reshape(-1, count)
+        own_B1 = slot_P[i : i + CHUNK, None]
+        parts.append(own_B1[~(key_BK == own_B1).any(axis=1) & (distance_BK[:, -1] > SAME), 0])
+    return np.concatenate(parts)
 
 
 def search(

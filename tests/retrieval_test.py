@@ -69,14 +69,19 @@ def test_ties_go_to_the_lower_user():
     np.testing.assert_array_equal(found.user_BK, [[1, 3, 5]])
 
 
-def test_an_index_of_several_threads_finds_as_many():
-    base, query = vectors(3000), vectors(200, seed=1)
-    exact = retrieval.exact_search(query, base, np.arange(3000), k=5)
-    for threads in (2, 0):
-        found = retrieval.search(retrieval.build_index(base, np.arange(3000), threads=threads), query, k=5)
-        assert retrieval.recall(found, exact) > 0.97
+@pytest.mark.parametrize("count", [300, 3000])
+def test_an_index_of_several_threads_finds_as_many(count, tmp_path):
+    base, query = vectors(count), vectors(200, seed=1)
+    exact = retrieval.exact_search(query, base, np.arange(count), k=5)
+    for threads in (8, 8, 8, 0):
+        index = retrieval.build_index(base, np.arange(count), threads=threads)
+        assert retrieval.recall(retrieval.search(index, query, k=5), exact) > 0.98
+        itself = retrieval.search(index, base, k=1)
+        assert (itself.user_BK[:, 0] == np.arange(count)).all()  # without another look some are lost
+    retrieval.save_index(index, tmp_path / "index")
+    assert retrieval.load_index(tmp_path / "index").graph.size == count
     with pytest.raises(ValueError, match="threads: expected 0 .* or more, found -1"):
-        retrieval.build_index(base, np.arange(3000), threads=-1)
+        retrieval.build_index(base, np.arange(count), threads=-1)
 
 
 def test_no_unsound_vector_enters_the_graph():
