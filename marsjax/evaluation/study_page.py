@@ -44,11 +44,12 @@ def methods_of(result: Results) -> list[str]:
 def of_methods(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
     """Table 2: every method, what it gains over the base, and what was seen on validation rows."""
     drawn: list[Table | Plot | Case] = []
-    for _, result in finished:
-        drawn.append(quality(result))
+    for cell, result in finished:
+        of_cell: list[Table | Plot] = [quality(result)]
         for group in ("low", "all"):
-            drawn += gains(result, group, "auc")
-        drawn += [beside_the_paper(result), *compared(result), validation(result), *by_length(result)]
+            of_cell += gains(result, group, "auc")
+        of_cell += [beside_the_paper(result), *compared(result), validation(result), *by_length(result)]
+        drawn += [part._replace(caption=f"{cell.label}: {part.caption}") for part in of_cell]
     return tuple(drawn)
 
 
