@@ -278,13 +278,15 @@ def test_a_cell_with_a_modality_that_the_data_lack_is_refused_and_the_rest_runs(
     dataset = make_synthetic(**pipeline.to_json(config.data.synthetic))
     text_only = dataset.items._replace(modalities={"text": dataset.items.modalities["text"]})
     monkeypatch.setitem(pipeline.SOURCES, "synthetic", lambda data, made: dataset._replace(items=text_only))
-    monkeypatch.setattr("marsjax.cells.run_cell", lambda *_, **__: {"rows": [], "comparisons": [], "commit": "c"})
+    found = {"rows": [], "comparisons": [], "commit": "c", "wall_seconds": 3600.0}
+    monkeypatch.setattr("marsjax.cells.run_cell", lambda *_, **__: found)
     cells = tuple(study.Cell(name, name, ("base",), {"alignment.modalities": name}) for name in ("text", "image"))
     monkeypatch.setattr(study, "full", lambda known: (study.Part("table3", "Table 3", "statistics", "Parts.", cells),))
     config.alignment.modalities = ("text",)
     commands.reproduce(config, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "image: cannot be run on these data (alignment.modalities: expected modalities of the data" in text
+    assert "hours of work in the cells, one process: 1.0" in text
     assert (tmp_path / "cells" / "text.json").is_file()
 
 
