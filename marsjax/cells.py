@@ -21,6 +21,9 @@ from marsjax.records import (
 )
 from marsjax.stages import Stages
 
+PATHS = (  # of the section data: where files lie changes nothing, and what they hold is in the data's fingerprint
+    "folder", "events_file", "items_file", "text_features", "image_features", "image_folder", "item_texts", "checksums",
+)  # fmt: skip
 INPUT_KEYS = ("ctr.inputs", "ctr.components", "ctr.rate_folds")  # of the section ctr, what a model reads
 
 
@@ -54,7 +57,8 @@ class PlannedCell(NamedTuple):
     config: ConfigDict
     workdir: pathlib.Path
     command: str
-    fingerprint: str  # of what goes in
+    data: str  # fingerprint of the data
+    fingerprint: str  # of all that goes in
 
     @property
     def path(self) -> pathlib.Path:
@@ -144,8 +148,15 @@ def plan_cell(
     """A cell with its configuration."""
     changed = pipeline.with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
     tried = {name: dict(changes) for name, changes in cell.settings.items()}
-    key = fingerprint("cell", dataset.fingerprint, pipeline.of_learning(changed), tried)
-    return PlannedCell(cell._replace(settings=tried, changes=dict(cell.changes)), changed, workdir, command, key)
+    key = cell_key(dataset.fingerprint, pipeline.of_learning(changed), tried)
+    whole = cell._replace(settings=tried, changes=dict(cell.changes))
+    return PlannedCell(whole, changed, workdir, command, dataset.fingerprint, key)
+
+
+def cell_key(data: str, learning: Mapping[str, Any], tried: Mapping[str, Any]) -> str:
+    """What a cell is known by: the data's fingerprint, the configuration without its paths, and what is tried."""
+    kept = {name: value for name, value in learning["data"].items() if name not in PATHS}
+    return fingerprint("cell", data, {**learning, "data": kept}, tried)
 
 
 def cell_jobs(cells: Sequence[PlannedCell], *, together: int = 4) -> dict[jobs.Name, jobs.Job]:
@@ -200,7 +211,7 @@ def finish_cell(shelf: Shelf, planned: PlannedCell) -> None:
         planned.config, Stages(planned.workdir), shelf.ready(planned.config), command=planned.command,
         settings=planned.cell.settings,
     )  # fmt: skip
-    files.write_json(planned.path, found | {"fingerprint": planned.fingerprint})
+    files.write_json(planned.path, found | {"data": planned.data, "fingerprint": planned.fingerprint})
 
 
 def suit(searched: Sequence[Mapping[str, Any]], config: ConfigDict) -> dict[str, ConfigDict]:

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from marsjax import pipeline, study
+from marsjax import cells, pipeline, study
 from marsjax.augmentation.methods import METHODS
 from marsjax.configuration import load_config
 from marsjax.evaluation import page, study_page
@@ -31,6 +31,8 @@ def test_a_committed_cell_is_what_the_plan_asks_for(path):
     config = load_config("configs/ml1m.py:5seeds", {})
     planned = pipeline.with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
     assert found["config"] == as_json(planned)
+    tried = {name: dict(changes) for name, changes in cell.settings.items()}
+    assert found["fingerprint"] == cells.cell_key(found["data"], found["config"], tried)
     assert "+changes" not in found["commit"]
     assert {row["method"] for row in found["rows"]} - {"full_history"} == set(cell.methods)
     for row in found["rows"]:

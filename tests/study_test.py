@@ -70,6 +70,21 @@ def test_changes_leave_the_configuration_alone(config):
         pipeline.with_changes(config, {"ctr.epoch": "7"})
 
 
+def test_a_cell_is_known_wherever_the_files_lie(config):
+    def key(data="sum of the data", tried=None, **changes):
+        changed = pipeline.with_changes(config, {name.replace("__", "."): value for name, value in changes.items()})
+        return of_study.cell_key(data, pipeline.of_learning(changed), tried or {})
+
+    assert key() == key(data__folder="elsewhere", data__text_features="other.npz", serving__port="9")
+    others = [
+        key("other data"),
+        key(ctr__epochs="7"),
+        key(data__strict="true"),
+        key(tried={"one": {"ctr.epochs": "7"}}),
+    ]
+    assert len({key(), *others}) == 5
+
+
 def test_unknown_parts_are_refused(config, tmp_path):
     with pytest.raises(ValueError, match="--parts: expected some of headline, .*found table9"):
         commands.reproduce(config, tmp_path, parts="table9")
