@@ -317,18 +317,25 @@ def building_row(count: int, planted: Planted, exact: Any, arguments: argparse.N
     """Building on all cores against building on one, which the pipeline does, by turns, with the recall of both."""
     from marsjax import retrieval
 
-    turns: dict[str, list[float]] = {"all": [], "one": []}
-    found: dict[str, float] = {}
-    for _ in range(3 if count <= 100_000 else 1):  # minutes each
-        for name, threads in (("all", 0), ("one", 1)):
-            began = time.perf_counter()
-            index = retrieval.build_index(planted.base_PD, planted.user_P, threads=threads)
-            turns[name].append(time.perf_counter() - began)
-            sample_QD = planted.query_QD[: len(exact.valid_BK)]
-            found[name] = retrieval.recall(retrieval.search(index, sample_QD, k=arguments.donors), exact)
+    built: dict[str, Any] = {}
+
+    def builds(name: str, threads: int) -> Callable[[int], None]:
+        def run(times: int) -> None:
+            for _ in range(times):
+                built[name] = retrieval.build_index(planted.base_PD, planted.user_P, threads=threads)
+
+        return run
+
+    turns = 3 if count <= 100_000 else 1  # minutes each
+    sides = {"all": builds("all", 0), "one": builds("one", 1)}
+    timed = harness.take_turns(sides, turns=turns, seconds=0.0, warm=0)
+    sample_QD = planted.query_QD[: len(exact.valid_BK)]
+    found = {
+        name: retrieval.recall(retrieval.search(index, sample_QD, k=arguments.donors), exact)
+        for name, index in built.items()
+    }
     if found["all"] < found["one"] - 0.01:
         raise SystemExit(f"an index built on all cores has a recall of {found['all']:.4f}, on one {found['one']:.4f}")
-    timed = {name: harness.Timed(seconds, []) for name, seconds in turns.items()}
     cores = len(os.sched_getaffinity(0))
     row = harness.compare(
         "seconds of building on all cores, against one", f"{count} users, {cores} cores", timed["all"], timed["one"],

@@ -110,12 +110,11 @@ def build_index(
     slot_P = np.arange(len(user_P), dtype=np.uint64)
     if len(user_P):
         graph.add(slot_P, unit_PD, threads=threads)
-    if threads != 1 and len(user_P):
-        # Users who are added side by side do not see each other, and a few in a thousand end with no way to them.
-        lost = _lost(graph, unit_PD, slot_P)
+        # Users who are added side by side do not see each other, and a few end with no way to them.
+        lost = slot_P[:0] if threads == 1 else _lost(graph, unit_PD, slot_P)
         if len(lost):
             graph.remove(lost)
-            graph.add(lost, unit_PD[lost.astype(np.int64)], threads=1)
+            graph.add(lost, unit_PD[lost], threads=1)
     return UserIndex(graph, unit_PD, user_P, left_out)
 
 

@@ -275,7 +275,7 @@ def test_every_number_of_a_plot_is_in_its_table():
     one = Series("a", (2, 1, None, 3), (0.1234567, 2e-9, 1, nan), (0.1, None, 0, 0), (0.2, 1, 1, 1))
     plot = Plot("c", "points", "x", "y", (one, Series("b", (2, 2), (5.0, 6.0))))
     assert pages.plot_table(plot) == Table(
-        "c: y", ("x", "a", "b"), (("1", "2e-09", "-"), ("2", "0.1235 [0.1, 0.2]", "5"), ("2", "-", "6"))
+        "c: y", ("x", "a", "b"), (("1", "2e-09", "-"), ("2", "0.123457 [0.1, 0.2]", "5"), ("2", "-", "6"))
     )
     named = Plot("c", "bars", "x", "y", (Series("a", (1,), (0.5,)),), ("p", "q"))
     assert pages.plot_table(named) == Table("c: y", ("", "a"), (("q", "0.5"),))

@@ -35,9 +35,7 @@ def test_readme_quotes_the_committed_results(name):
     ],
 )
 def test_the_pages_quote_what_was_gained(page, method, group, metric):
-    (row,) = [
-        row for row in read(HEADLINE)["rows"] if (row["method"], row["group"], row["metric"]) == (method, group, metric)
-    ]
+    row = difference(HEADLINE, method, group, metric)
     text = " ".join((ROOT / page).read_text().split())
     assert f"{row['difference']:.4f}" in text
     assert f"[{row['low']:+.4f}, {row['high']:+.4f}]" in text
@@ -129,9 +127,9 @@ def test_results_have_the_keys_that_other_programs_read(path):
         assert row.get("method", "base") in {*METHODS, "best_possible", "full_history"}
 
 
-def difference(name, method, group):
+def difference(name, method, group, metric="auc"):
     (row,) = [
-        row for row in read(name)["rows"] if (row["method"], row["group"], row["metric"]) == (method, group, "auc")
+        row for row in read(name)["rows"] if (row["method"], row["group"], row["metric"]) == (method, group, metric)
     ]
     return row
 

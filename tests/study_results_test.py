@@ -1,7 +1,6 @@
 """The committed study is the plan's: its cells, its report, and what the pages say of it."""
 
 import json
-import pathlib
 
 import pytest
 
@@ -9,28 +8,20 @@ from marsjax import cells, pipeline, study
 from marsjax.augmentation.methods import METHODS
 from marsjax.configuration import load_config
 from marsjax.evaluation import page, study_page
-from tests.readme_test import QUALITY, ROOT
+from tests.readme_test import QUALITY, ROOT, read
 
 STUDY = ROOT / "benchmarks" / "results" / "study"
 PLAN = study.full(frozenset(METHODS))
 CELLS = {cell.name: cell for part in PLAN for cell in part.cells}
-FINISHED = sorted((STUDY / "cells").glob("*.json"))
+FINISHED = sorted(path.stem for path in (STUDY / "cells").glob("*.json"))
 
 
-def read(path):
-    return json.loads(path.read_text())
-
-
-def as_json(config):
-    return json.loads(json.dumps(pipeline.of_learning(config)))
-
-
-@pytest.mark.parametrize("path", FINISHED, ids=lambda path: path.stem)
-def test_a_committed_cell_is_what_the_plan_asks_for(path):
-    found, cell = read(path), CELLS[path.stem]
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_committed_cell_is_what_the_plan_asks_for(name):
+    found, cell = read(f"study/cells/{name}"), CELLS[name]
     config = load_config("configs/ml1m.py:5seeds", {})
     planned = pipeline.with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
-    assert found["config"] == as_json(planned)
+    assert found["config"] == json.loads(json.dumps(pipeline.of_learning(planned)))
     tried = {name: dict(changes) for name, changes in cell.settings.items()}
     assert found["fingerprint"] == cells.cell_key(found["data"], found["config"], tried)
     assert "+changes" not in found["commit"]
@@ -42,7 +33,7 @@ def test_a_committed_cell_is_what_the_plan_asks_for(path):
 
 def test_the_committed_report_holds_every_committed_cell():
     written = (STUDY / "report.md").read_text()
-    results = {path.stem: read(path) for path in FINISHED}
+    results = {name: read(f"study/cells/{name}") for name in FINISHED}
     for part in PLAN:
         if part.cells and any(cell.name in results for cell in part.cells):
             section = study_page.section(part, results, {})
@@ -59,5 +50,5 @@ def test_every_plot_of_the_committed_report_is_there():
 
 
 def test_there_is_a_committed_study():
-    assert {"headline"} <= {path.stem for path in FINISHED}
-    assert pathlib.Path(STUDY / "report.md").exists()
+    assert "headline" in FINISHED
+    assert (STUDY / "report.md").exists()

@@ -110,7 +110,7 @@ def points(series: Series) -> list[Point | None]:
 
 def shown(point: Point) -> str:
     """0.71 [0.70, 0.72]"""
-    return f"{point.y:.4g}" + ("" if point.low is None else f" [{point.low:.4g}, {point.high:.4g}]")
+    return f"{point.y:.6g}" + ("" if point.low is None else f" [{point.low:.6g}, {point.high:.6g}]")
 
 
 def round_axis(values: Iterable[float], *, count: int = 5) -> Axis:

@@ -319,16 +319,18 @@ def _markdown(header: list[str], lines: list[list[str]]) -> str:
 
 def title(rows: Sequence[Mapping[str, Any]], *, short: bool = False) -> str:
     """What was run, how often, on how many rows, and what the columns mean."""
-    count = next(row["mean"] for row in rows if row["metric"] == "rows")
-    low = next(row["mean"] for row in rows if row["metric"] == "rows" and row["group"] == "low")
     first = rows[0]
-    lent = "" if short else "; lent: borrowed items a row"
-    users = {row["group"]: row["mean"] for row in rows if row["metric"] == "gauc_users" and row["mean"] is not None}
-    if not short and users:
-        lent += f"; gauc counts {users['all']:.0f} users, {users.get('low', 0):.0f} of them low-active"
+    counted = {
+        (row["metric"], row["group"]): row["mean"] for row in rows if row["method"] == first["method"]
+    }  # the same for all methods
+    count, low = counted["rows", "all"], counted["rows", "low"]
+    more = ""
+    if not short:
+        users, low_users = (counted.get(("gauc_users", group)) or 0 for group in ("all", "low"))
+        more = f"; lent: borrowed items a row; gauc counts {users:.0f} users, {low_users:.0f} of them low-active"
     claim = "" if first["seeds"] >= ENOUGH_SEEDS else f"; fewer than {ENOUGH_SEEDS} seeds: no claim"
     return (
         f"{first['dataset']}, {first['split']}, {first['inputs']} inputs, {first['seeds']} seed(s); {count:.0f} test "
         f"rows, {low:.0f} of low-active users; intervals and p: paired bootstrap over users; t: p of a t-test "
-        f"over seeds{lent}{claim}"
+        f"over seeds{more}{claim}"
     )
