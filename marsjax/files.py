@@ -221,6 +221,8 @@ def map_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
                 if version not in HEADERS:
                     raise ValueError(f"{path}: expected arrays of format 1 or 2, found {member.filename} of {version}")
                 shape, by_columns, dtype = HEADERS[version](file)
+                if dtype.hasobject:  # their bytes are a pickle, which is not read
+                    raise ValueError(f"{path}: expected plain numbers or text, found Python objects in dtype {dtype}")
                 skip = file.tell()
             # Of the member itself: names and extra fields of these lengths follow.
             head = raw[member.header_offset + 26 : member.header_offset + ZIP_HEADER].view("<u2")
