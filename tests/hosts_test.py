@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -20,14 +21,18 @@ from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
 from marsjax.records import TRAIN, Viewed, Viewing
 from marsjax.training import checkpoint, sharding
+from tests import hosts_worker
 from tests.pipeline_test import small_config
 
 WORKER = pathlib.Path(__file__).with_name("hosts_worker.py")
 
 
 def free_port():
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
-        return free.getsockname()[1]
+    """Below the ports that Linux gives to whoever asks for any: another test would have it before it is bound."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), contextlib.closing(socket.create_server(("127.0.0.1", port))):
+            return port
 
 
 def start(folder, where="alone", count=1, number=0, *, devices=1, stages="base", **changes):
@@ -51,10 +56,10 @@ def start_both(folder, second=None, **changes):
 
 
 def outputs(processes):
-    """What they wrote, once all have ended."""
+    """What they wrote, once all have ended: by themselves, or since they waited for ever and said where."""
     texts = []
     for process in processes:
-        process.wait(timeout=300)
+        process.wait(timeout=2 * hosts_worker.WAITS)
         with process.said as said:
             said.seek(0)
             texts.append(said.read())
@@ -126,6 +131,12 @@ def test_a_process_that_dies_ends_the_others_and_all_continue_to_the_same_parame
     assert set(one) == set(two)
     for name, leaf in one.items():
         np.testing.assert_array_equal(two[name], leaf, err_msg=name)
+
+
+def test_no_process_waits_for_what_another_one_saves(tmp_path):
+    finish(*start_both(tmp_path, stages="saves"))
+    assert set(checkpoint.load_params(tmp_path / "first")) == {"['a']"}
+    assert not (tmp_path / "others").exists()
 
 
 def test_processes_that_read_other_data_are_refused(tmp_path):

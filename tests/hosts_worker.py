@@ -3,14 +3,33 @@
 python hosts_worker.py alignment,base FOLDER alone|HOST:PORT NUMBER_OF_PROCESSES NUMBER [--KEY=VALUE ...]
 """
 
+import faulthandler
 import pathlib
 import sys
 import traceback
 
+import numpy as np
+
 from marsjax import hosts, pipeline
 from marsjax.progress import log_to
 from marsjax.stages import Stages
+from marsjax.training import checkpoint
 from tests.pipeline_test import small_config
+
+WAITS = 240  # seconds, then it says where it stands and ends: one that waits for ever would say nothing
+
+
+def save(folder):
+    """At the end of a stage the first one may still write its checkpoint, when others are at the parameters."""
+    params = {"a": np.ones((3, 4), np.float32)}
+    manager = checkpoint.open_manager(folder / "checkpoints") if hosts.is_first() else None
+    for step in range(30):
+        hosts.from_first()
+        if manager is not None:
+            checkpoint.save(manager, step, params, {})
+        else:
+            checkpoint.save_params(folder / "others", params)
+    checkpoint.save_params(folder / "first", params)
 
 
 def train(stages, folder, changes):
@@ -24,11 +43,17 @@ def train(stages, folder, changes):
 
 if __name__ == "__main__":
     log_to(sys.stdout, force=True)
+    faulthandler.dump_traceback_later(WAITS, exit=True)
     stages, folder, coordinator, count, number, *flags = sys.argv[1:]
     if coordinator != "alone":
         hosts.join(coordinator, int(count), int(number))
     try:
-        train(stages.split(","), pathlib.Path(folder), dict(flag.removeprefix("--").split("=", 1) for flag in flags))
+        if stages == "saves":
+            save(pathlib.Path(folder))
+        else:
+            train(
+                stages.split(","), pathlib.Path(folder), dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+            )
     except Exception:
         traceback.print_exc()
         hosts.leave(1)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from marsjax import files
+from marsjax import files, hosts
 
 log = logging.getLogger(__name__)
 
@@ -136,9 +136,14 @@ def restore_latest(manager: Manager, template: PyTree) -> Restored | None:
 def save_params(folder: pathlib.Path, params: PyTree) -> None:
     """Writes parameters with orbax; a sum of the content lies beside them. What is in `folder` is replaced as a whole.
 
+    Of several processes the first one alone writes. Orbax keeps what its threads tell one another in a store that all
+    processes share, under numbers that each counts for itself: of two that save at a time, one may wait for ever.
+
     Raises:
         OSError: the disk is full; what was in `folder` before is still there.
     """
+    if not hosts.is_first():
+        return
     folder = pathlib.Path(folder).absolute()
     leaves = flatten(params)
     try:
