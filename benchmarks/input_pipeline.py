@@ -93,6 +93,7 @@ def compilations() -> list[float]:
 
 def draw(case: Case, *, batch: int, users: int, batches: int) -> Data:
     """A log of `users` users, and of its rows as many as `batches` batches take."""
+    from marsjax.data.histories import feedback
     from marsjax.data.splits import make_rows
     from marsjax.records import Augmentation, Borrowed, Inputs, Log, Queries
 
@@ -118,7 +119,7 @@ def draw(case: Case, *, batch: int, users: int, batches: int) -> Data:
         )  # fmt: skip
         queries = Queries(np.arange(users, dtype=np.int32), rows.histories.train_end_U, query_E)
         gather["augmentation"] = Augmentation(queries, borrowed, time_safe=True, drop_target=True)
-        gather["inputs"] = Inputs(feedback=True)
+        gather["inputs"] = Inputs(mark_H=feedback(rows.histories.label_H))
     return Data(events, rows, row_R, gather)
 
 

@@ -40,7 +40,7 @@ class TorchDin(torch.nn.Module):
         self.softmax, self.apart = model.softmax, model.apart
         self.drop_target = bool(bundle.manifest["lends"]["drop_target"])
         # With marks an entry of the history is wider than an item's vector, and a target has zeros there.
-        item_NI, mark_3M = np.asarray(bundle.tables.vector_ND), params["marks"]["table"] if model.feedback else None
+        item_NI, mark_3M = np.asarray(bundle.tables.vector_ND), params["marks"]["table"] if model.levels else None
         self.item_NI = self.target_ND = _constant(item_NI)
         self.mark_3M = None if mark_3M is None else _constant(mark_3M)
         if mark_3M is not None:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from marsjax import files, jobs, pipeline, study
 from marsjax.configuration import fingerprint
+from marsjax.data.grades import grades_fingerprint
 from marsjax.data.permutation import permute_labels
 from marsjax.data.sampling import sample_users
 from marsjax.evaluation import report
@@ -148,9 +149,12 @@ def plan_cell(
     """A cell with its configuration."""
     changed = pipeline.with_changes(config, {**cell.changes, "evaluation.methods": ",".join(cell.methods)})
     tried = {name: dict(changes) for name, changes in cell.settings.items()}
-    key = cell_key(dataset.fingerprint, pipeline.of_learning(changed), tried)
+    data = dataset.fingerprint
+    if pipeline.grade_readers(changed):
+        data = fingerprint(data, grades_fingerprint(dataset.log))
+    key = cell_key(data, pipeline.of_learning(changed), tried)
     whole = cell._replace(settings=tried, changes=dict(cell.changes))
-    return PlannedCell(whole, changed, workdir, command, dataset.fingerprint, key)
+    return PlannedCell(whole, changed, workdir, command, data, key)
 
 
 def cell_key(data: str, learning: Mapping[str, Any], tried: Mapping[str, Any]) -> str:

@@ -84,14 +84,17 @@ def reproduce(
     """
     pipeline.check(config)
     began, names = time.monotonic(), [name for name in parts.split(",") if name]
-    plan = (study.quick if quick else study.full)(_methods(methods))
+    first = pipeline.with_changes(config, study.QUICK if quick else {})
+    dataset = pipeline.read(first, workdir)
+    compared = _methods(methods)
+    if dataset.log.grade_E is None:
+        compared -= {name for name in compared if METHODS[name].graded}
+    plan = (study.quick if quick else study.full)(compared)
     if unknown := set(names) - {part.name for part in plan} - {cell.name for part in plan for cell in part.cells}:
         raise ValueError(
             f"--parts: expected some of {', '.join(part.name for part in plan)}, or names of their cells, found "
             f"{', '.join(sorted(unknown))}"
         )
-    first = pipeline.with_changes(config, study.QUICK if quick else {})
-    dataset = pipeline.read(first, workdir)
     pipeline.tell(dataset.problems)
     shelf, stages = cells.Shelf(dataset, users=first.data.sample_users), Stages(workdir)
     sections: list[page.Section] = []
@@ -209,6 +212,10 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
         raise ValueError(
             f"export: expected split.sparse_fraction=0, found {config.split.sparse_fraction}; a bundle serves whole "
             "histories, and no model was trained on those of the sparse users"
+        )
+    if config.ctr.inputs == "graded":
+        raise ValueError(
+            "export: expected ctr.inputs=ids or strong, found graded; events that are served have no grades"
         )
     if METHODS[config.export.method].offline:
         served = ", ".join(name for name, method in METHODS.items() if not method.offline)

@@ -27,6 +27,8 @@ from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
 from marsjax.ctr.touched import TABLES, check_tables, rows_of_users, touch, touched_score, touched_step
 from marsjax.data import batches
 from marsjax.data.content import unused_files
+from marsjax.data.grades import check_grades, graded_log, graded_rows, grades_fingerprint
+from marsjax.data.histories import GRADES, feedback
 from marsjax.data.permutation import permute_features, permute_labels
 from marsjax.data.priors import prior_numbers
 from marsjax.data.sampling import sample_users
@@ -64,6 +66,7 @@ from marsjax.training.step import init_state, init_variables
 log = logging.getLogger(__name__)
 
 PyTree = Any
+MIDDLE_GRADES = np.array([0, 2, 4], np.int8)  # of the marks: not known, not liked, liked
 
 
 class Loaded(NamedTuple):
@@ -266,13 +269,13 @@ def load(config: ConfigDict, dataset: Dataset | None = None, *, workdir: pathlib
             )
     find_donors(rows, cap=1)  # refuses data without
     alignment.check_modalities(dataset.items, tuple(config.alignment.modalities))
-    is_strong = config.ctr.inputs == "strong"
+    for reader in grade_readers(config):
+        check_grades(dataset.log, reader)
+    is_strong = config.ctr.inputs != "ids"
     return Loaded(
         dataset,
         rows,
-        Inputs(feedback=True, dense_EJ=prior_numbers(dataset.log, rows, folds=config.ctr.rate_folds))
-        if is_strong
-        else Inputs(),
+        Inputs(mark_H=marks(config, rows), dense_EJ=priors(config, dataset.log, rows)) if is_strong else Inputs(),
         ItemTables(
             dataset.items.category_NG,
             content_table(dataset.items, components=config.ctr.components) if is_strong else None,
@@ -486,7 +489,8 @@ def opinions_stage(
         learnt = posterior.learn_opinions(
             events, rows, user_P, item_ND, n_items=n_items, settings=settings, advance=advance
         )
-        files.write_arrays(folder / "opinions.npz", **learnt._asdict())
+        arrays = {name: value for name, value in learnt._asdict().items() if value is not None}
+        files.write_arrays(folder / "opinions.npz", **arrays)
 
     return posterior.Opinions(**files.map_arrays(stages("opinions", key, build) / "opinions.npz"))
 
@@ -499,7 +503,9 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
     model = make_backbone(to_json(cfg), **sizes)
     settings = AdamW(cfg.learning_rate, cfg.weight_decay, cfg.clip, cfg.id_decay, ID_TABLES)
     tables, inputs = padded_tables(loaded.tables, sizes["n_items"]), loaded.inputs
-    key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, read_by(config, donation, method))
+    reads_grades = METHODS[method].graded or cfg.inputs == "graded"
+    grades = [grades_fingerprint(events)] if reads_grades else []
+    key = fingerprint("ctr", loaded.fingerprint, to_json(cfg), seed, read_by(config, donation, method), *grades)
     test_E = np.flatnonzero(rows.split_E == TEST)
     dense = METHODS[method].numbers + (0 if inputs.dense_EJ is None else inputs.dense_EJ.shape[1])
     make_template = functools.partial(objective.init_model, model, tables, seed=seed, dense=dense)
@@ -679,8 +685,32 @@ def treat(context: Context, donation: Donation, method: str) -> Treatment:
     lent = treatment.augmentation
     if lent is None:
         return treatment
+    if config.ctr.inputs == "graded":  # what is lent says liked or not, and is read as the grade in the middle of these
+        lent = lent._replace(borrowed=lent.borrowed._replace(feedback_S=MIDDLE_GRADES[lent.borrowed.feedback_S]))
     blanked = lent._replace(time_safe=lent.time_safe or cfg.time_safe, drop_target=lent.drop_target or cfg.drop_target)
     return treatment._replace(augmentation=blanked)
+
+
+def grade_readers(config: ConfigDict) -> list[str]:
+    """What in the configuration reads grades."""
+    inputs = ["ctr.inputs=graded"] if config.ctr.inputs == "graded" else []
+    return [*inputs, *(method for method in config.evaluation.methods if METHODS[method].graded)]
+
+
+def marks(config: ConfigDict, rows: Rows) -> np.ndarray:
+    """What a model with these inputs sees of the feedback on history items, [H] int8."""
+    if config.ctr.inputs == "graded":
+        return feedback(graded_rows(rows).histories.label_H, GRADES)
+    return feedback(rows.histories.label_H)
+
+
+def priors(config: ConfigDict, log: Log, rows: Rows) -> np.ndarray:
+    """Rates and counts that a model with these inputs reads, [E, 6], or with those by grade [E, 12]."""
+    prior_EJ = prior_numbers(log, rows, folds=config.ctr.rate_folds)
+    if config.ctr.inputs != "graded":
+        return prior_EJ
+    by_grade_EJ = prior_numbers(graded_log(log), graded_rows(rows), folds=config.ctr.rate_folds)
+    return np.concatenate([prior_EJ, by_grade_EJ], axis=1)
 
 
 def treated_inputs(context: Context, treatment: Treatment) -> Inputs:
@@ -688,7 +718,7 @@ def treated_inputs(context: Context, treatment: Treatment) -> Inputs:
     inputs, log = context.loaded.inputs, context.loaded.dataset.log
     prior_EJ = inputs.dense_EJ
     if treatment.rows is not None and prior_EJ is not None:
-        prior_EJ = prior_numbers(log, treatment.rows, folds=context.config.ctr.rate_folds)
+        prior_EJ = priors(context.config, log, treatment.rows)
     parts = [part for part in (prior_EJ, treatment.dense_EJ) if part is not None]
     return inputs._replace(dense_EJ=np.concatenate(parts, axis=1) if parts else None, hidden_E=treatment.hidden_E)
 

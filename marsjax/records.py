@@ -74,6 +74,8 @@ class Log(NamedTuple):
     label_E: np.ndarray  # [E] float32, 0 or 1
     time_E: np.ndarray  # [E] int64, seconds, microseconds or any monotone clock
     raw_user_U: np.ndarray  # [U] str, the ids of the source
+    # [E] float32 in 0..1, feedback as fine as the source has it, of which the label is a threshold; None: labels alone
+    grade_E: np.ndarray | None = None
 
 
 class Dataset(NamedTuple):
@@ -83,7 +85,7 @@ class Dataset(NamedTuple):
     log: Log
     items: Items
     problems: tuple[Problem, ...]
-    fingerprint: str  # sha256 over the content; equal data have equal fingerprints
+    fingerprint: str  # sha256 over the content but the grades; equal data have equal fingerprints
     oracle_E: np.ndarray | None = None  # [E] float32, the true click probability (synthetic data only)
 
 
@@ -97,6 +99,7 @@ class Histories(NamedTuple):
     end_E: np.ndarray  # [E] int64; event e sees item_H[start_E[e]:end_E[e]]
     train_end_U: np.ndarray  # [U] int64; training history of u is item_H[start_U1[u]:train_end_U[u]]
     start_E: np.ndarray  # [E] int64, the start of its user unless histories are cut
+    grade_H: np.ndarray | None = None  # [H] float32, as `Log.grade_E`
 
 
 class Rows(NamedTuple):
@@ -140,7 +143,9 @@ class Borrowed(NamedTuple):
     time_S: np.ndarray  # [S] int64, when the donor met the item
     donor_S: np.ndarray  # [S] int32
     similarity_S: np.ndarray  # [S] float32, cosine of item and query user, Eq. 16
-    feedback_S: np.ndarray | None = None  # [S] int8 as in CtrBatch, what the donor thought of the item; None: not known
+    feedback_S: np.ndarray | None = (
+        None  # [S] int8, what the donor thought: 2 liked, 1 not, 0 not known; None: all of them
+    )
 
 
 class Donors(NamedTuple):
@@ -163,7 +168,7 @@ class Augmentation(NamedTuple):
 class Inputs(NamedTuple):
     """What a CTR model reads of an event beside the ids of user, target and history."""
 
-    feedback: bool = False  # mark history items as liked or not
+    mark_H: np.ndarray | None = None  # [H] int8, the mark of each history entry (`histories.feedback`); None: no marks
     dense_EJ: np.ndarray | None = None  # [E, J] float32, numbers about user, target and what others thought of it
     hidden_E: np.ndarray | None = None  # [E] bool, events whose user id the model does not see
 
@@ -219,7 +224,7 @@ class CtrBatch(NamedTuple):
     weight_B: Array  # [B] float32, 1 or 0
     history_BL: Array  # [B, L] int32, borrowed items first, then the own ones in time order
     borrowed_BL: Array  # [B, L] bool, True where the entry was borrowed
-    feedback_BL: Array | None = None  # [B, L] int8: 2 liked, 1 not liked, 0 not known or padding
+    feedback_BL: Array | None = None  # [B, L] int8: 2 liked, 1 not liked, or 1 to 5 of grades; 0 not known or padding
     dense_BJ: Array | None = None  # [B, J] float32
     # Views of the last own entries of the history, W of them at most, for a loss beside the click loss. Training only.
     view_BVW: Array | None = None  # [B, V, W] int32; the highest id, beyond the catalogue, is a mask

@@ -53,7 +53,12 @@ ATTEMPTS = (  # what was tried on the way to what works, and the same without co
 BASES = {"ids": "ids only, as the paper", "strong": "strong inputs"}
 HEADLINE = (
     "base", "random_donor", "popular_items", "tfidf_donor", "short_histories", "collaborative_short_posterior",
-    "mars", "mars_posterior", "mars_short_posterior",
+    "collaborative_short_graded_posterior", "mars", "mars_posterior", "mars_short_posterior",
+    "mars_short_graded_posterior",
+)  # fmt: skip
+GRADED = (
+    "base", "popular_items", "short_histories", "collaborative_short_graded_posterior", "mars", "mars_short_posterior",
+    "mars_short_graded_posterior",
 )  # fmt: skip
 FOLLOWED = {  # along the length of a history; baselines are compared at five events, in the part `search`
     "ids": ("base", "random_donor", "popular_items", "mars", "mars_posterior", "mars_short_posterior"),
@@ -120,6 +125,14 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "strong inputs. Each method has the setting that suits it: the one of those below with the best AUC of "
             "the low-active users' validation rows, on the first seed. Test rows are judged with that one alone.",
             (Cell("headline", "5 events", of(*HEADLINE), FIVE_EVENTS | TEN_SEEDS, 5.0, SETTINGS),),
+        ),
+        Part(
+            "graded",
+            "The same over a base that reads grades",
+            "search",
+            "The expectation may gain from grades: how much an item was liked, and not only whether. Here the base "
+            "reads them too. Marks of history items are in five levels, and beside rates of likes stand mean grades.",
+            (Cell("graded", "5 events", of(*GRADED), FIVE_EVENTS | {"ctr.inputs": "graded"}, 5.0, SETTINGS),),
         ),
         Part("table1", "Table 1: the data", "statistics", "Counts after cleaning, beside the paper's."),
         Part(

@@ -84,7 +84,11 @@ def source_of(offer, treatment, *, size=32, buckets=(LENGTH,), seed=5):
         epochs=2,
         seed=seed,
         augmentation=treatment.augmentation,
-        inputs=Inputs(feedback=True, dense_EJ=treatment.dense_EJ, hidden_E=treatment.hidden_E),
+        inputs=Inputs(
+            mark_H=histories.feedback(offer.rows.histories.label_H),
+            dense_EJ=treatment.dense_EJ,
+            hidden_E=treatment.hidden_E,
+        ),
         viewing=treatment.viewing,
     )
     return source
@@ -213,7 +217,8 @@ def test_views_for_a_loss_are_of_the_last_own_entries(offer, name):
     row_E, rows = source_rows(offer, source), offer.rows
     for i in range(3):
         batch = source[i]
-        tail_BW, mark_BW, length_B = histories.own_tails(rows.histories, row_E[i], length=8)
+        marks = histories.feedback(rows.histories.label_H)
+        tail_BW, mark_BW, length_B = histories.own_tails(rows.histories, marks, row_E[i], length=8)
         n = len(length_B)
         assert batch.view_BVW.shape == (32, 3 if name == "basrec" else 2, 8)
         assert not batch.view_BVW[n:].any()

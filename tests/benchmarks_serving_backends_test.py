@@ -40,7 +40,7 @@ def variant(bundle, *, drop_target=False, **changes):
 
     params, statistics = (jax.tree.map_with_path(draw, made[name]) for name in ("params", "statistics"))
     config = bundle.manifest["config"]
-    ctr = config["ctr"] | {"inputs": "strong" if model.feedback else "ids"}
+    ctr = config["ctr"] | {"inputs": "strong" if model.levels else "ids"}
     lends = bundle.manifest["lends"] | {"drop_target": drop_target}
     return bundle._replace(
         model=model, params=params, statistics=statistics, tables=objective.with_vectors(model, params, tables),

@@ -90,7 +90,7 @@ def test_scores_do_not_depend_on_what_else_is_scored(bundle):
 def test_candidates_of_one_user_score_as_rows_do(drop_target, activation):
     """With marks, numbers and borrowed items apart; borrowed entries that are the candidate are blanked in both."""
     rng, n, length = np.random.default_rng(0), 37, 9
-    model = Din(20, 1, n_users=4, feedback=True, apart=True, activation=activation)
+    model = Din(20, 1, n_users=4, levels=2, apart=True, activation=activation)
     tables = ItemTables(np.zeros((20, 1), np.int32))
     made = objective.init_model(model, tables, seed=0, dense=2)
     target_C = np.zeros(objective.CANDIDATES, np.int32)

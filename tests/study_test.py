@@ -277,6 +277,7 @@ def test_what_was_just_liked_puts_permuted_labels_on_the_wrong_side():
     log = dataset.log._replace(
         start_U1=np.arange(n_users + 1) * n_events,
         label_E=(rng.random(n_users * n_events) < 0.5).astype(np.float32),
+        grade_E=None,
     )
     label_UE = permute_labels(dataset._replace(log=log), seed=1).log.label_E.reshape(n_users, n_events)
     rate_UE = (np.cumsum(label_UE, axis=1) - label_UE) / np.maximum(np.arange(n_events), 1)

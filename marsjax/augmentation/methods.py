@@ -10,6 +10,7 @@ import numpy as np
 
 from marsjax.augmentation import baselines, controls, posterior, votes
 from marsjax.augmentation.baselines import BASELINES
+from marsjax.data.grades import check_grades, graded_log, graded_rows
 from marsjax.data.histories import cut_histories, feedback
 from marsjax.progress import progress
 from marsjax.records import (
@@ -106,6 +107,11 @@ def mars_posterior(offer: Offer) -> Treatment:
     return expect(offer, offer.item_ND)
 
 
+def mars_graded_posterior(offer: Offer) -> Treatment:
+    """As `mars_posterior`, of grades: how much the user and the donors liked an item, not only whether."""
+    return expect(graded(offer), offer.item_ND)
+
+
 def hidden_ids(offer: Offer) -> Treatment:
     """Control: low-active and new users are known by their history alone, as where ids of few rows are dropped."""
     return Treatment(hidden_E=_few_rows(offer.rows))
@@ -113,9 +119,12 @@ def hidden_ids(offer: Offer) -> Treatment:
 
 def mars_short_posterior(offer: Offer) -> Treatment:
     """Short histories, and what is to be expected given these."""
-    shorter, treatment = shorten(offer)
-    expected = mars_posterior(shorter)
-    return treatment._replace(dense_EJ=expected.dense_EJ, opinions=expected.opinions)
+    return expect_of_short(offer, mars_posterior)
+
+
+def mars_short_graded_posterior(offer: Offer) -> Treatment:
+    """Short histories, and what is to be expected given the grades in these."""
+    return expect_of_short(offer, mars_graded_posterior)
 
 
 def mars_short_posterior_and_items(offer: Offer) -> Treatment:
@@ -176,9 +185,12 @@ def collaborative_donor(offer: Offer) -> Treatment:
 
 def collaborative_short_posterior(offer: Offer) -> Treatment:
     """Control: as `mars_short_posterior`, without the aligned space."""
-    shorter, treatment = shorten(offer)
-    expected = collaborative_posterior(shorter)
-    return treatment._replace(dense_EJ=expected.dense_EJ, opinions=expected.opinions)
+    return expect_of_short(offer, collaborative_posterior)
+
+
+def collaborative_short_graded_posterior(offer: Offer) -> Treatment:
+    """Control: as `mars_short_graded_posterior`, without the aligned space."""
+    return expect_of_short(offer, lambda shorter: expect(graded(shorter), None))
 
 
 def random_donor(offer: Offer) -> Treatment:
@@ -231,6 +243,7 @@ class Method(NamedTuple):
     borrows: bool = True  # reads what MARS does, its vectors, donors or budget
     baseline: bool = False  # reads `Offer.baselines`
     posterior: bool = False  # reads `Offer.posterior`
+    graded: bool = False  # reads grades
     live: bool = False  # lends what MARS looks up, so a service can look it up anew
     offline: bool = False  # needs of a row what a bundle does not hold
 
@@ -257,17 +270,24 @@ METHODS: dict[str, Method] = {
     "mars_vote_time_safe": Method(mars_vote_time_safe, numbers=2, offline=True),
     "mars_vote_and_items": Method(mars_vote_and_items, numbers=2, offline=True),
     "mars_posterior": Method(mars_posterior, numbers=2, posterior=True),
+    "mars_graded_posterior": Method(mars_graded_posterior, numbers=2, posterior=True, graded=True, offline=True),
     "mars_train_only": Method(mars_train_only, offline=True),
     "mars_test_only": Method(mars_test_only, offline=True),
     "hidden_ids": Method(hidden_ids, borrows=False),
     "short_histories": Method(short_histories),
     "mars_short_vote": Method(mars_short_vote, numbers=2, offline=True),
     "mars_short_posterior": Method(mars_short_posterior, numbers=2, posterior=True),
+    "mars_short_graded_posterior": Method(
+        mars_short_graded_posterior, numbers=2, posterior=True, graded=True, offline=True
+    ),
     "mars_short_posterior_and_items": Method(mars_short_posterior_and_items, numbers=2, posterior=True, offline=True),
     "everybody_votes": Method(everybody_votes, numbers=2, offline=True),
     "collaborative_vote": Method(collaborative_vote, numbers=2, offline=True),
     "collaborative_posterior": Method(collaborative_posterior, numbers=2, posterior=True),
     "collaborative_short_posterior": Method(collaborative_short_posterior, numbers=2, posterior=True),
+    "collaborative_short_graded_posterior": Method(
+        collaborative_short_graded_posterior, numbers=2, posterior=True, graded=True, offline=True
+    ),
     "tfidf_donor": Method(tfidf_donor),
     "collaborative_donor": Method(collaborative_donor),
     **_both_forms("ran"),
@@ -322,6 +342,19 @@ def expect(offer: Offer, item_ND: np.ndarray | None) -> Treatment:
     with progress("expectations", len(row_R)) as advance:
         dense_E2[row_R] = posterior.expect(offer.log, rows, opinions, row_R, settings=settings, advance=advance)
     return Treatment(dense_EJ=dense_E2, opinions=opinions)
+
+
+def expect_of_short(offer: Offer, treat: Callable[[Offer], Treatment]) -> Treatment:
+    """Short histories, and the expectation that `treat` has of these."""
+    shorter, treatment = shorten(offer)
+    expected = treat(shorter)
+    return treatment._replace(dense_EJ=expected.dense_EJ, opinions=expected.opinions)
+
+
+def graded(offer: Offer) -> Offer:
+    """The offer with grades in the place of labels. Raises ValueError where the log has labels alone."""
+    check_grades(offer.log, "graded posterior")
+    return offer._replace(log=graded_log(offer.log), rows=graded_rows(offer.rows))
 
 
 def ask_for(offer: Offer, row_E: np.ndarray) -> Offer:

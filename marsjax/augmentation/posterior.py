@@ -46,6 +46,8 @@ class Opinions(NamedTuple):
 
     usual_FN: np.ndarray  # [F, N] float32, rate of likes
     loading_FNK: np.ndarray  # [F, N, K] float32; the covariance of opinions on items i and j is loading_i . loading_j
+    # [F] float32, how the variance of an opinion is to that of a label of the same rate; None: they are labels
+    scale_F: np.ndarray | None = None
 
 
 def learn_opinions(
@@ -60,7 +62,8 @@ def learn_opinions(
 ) -> Opinions:
     """Means and covariances of opinions, from the training events of the donors `user_P`.
 
-    An opinion is the label less the item's rate of likes. `item_ND`, [N, D], are the vectors whose cosine the
+    An opinion is the label less the item's rate of likes; of a log in whose `label_E` grades stand it is the grade less
+    the item's usual one. `item_ND`, [N, D], are the vectors whose cosine the
     covariance starts from; None: it starts from one value for all pairs of items. An item that a donor met more than
     once counts once, with the mean label. All training events of a donor count, whenever they were.
 
@@ -81,7 +84,7 @@ def learn_opinions(
             "split.high_fraction, raise data.min_item_events, or leave out the methods that ask for a posterior"
         )
     vector_ND = None if item_ND is None else centred(item_ND)
-    usual, loadings = [], []
+    usual, loadings, scales = [], [], []
     for fold in range(settings.folds):
         kept_X = user_X % settings.folds != fold
         user_K, item_K, label_K = user_X[kept_X], item_X[kept_X], label_X[kept_X]
@@ -91,8 +94,11 @@ def learn_opinions(
         opinion = scipy.sparse.csr_array((label_K - usual_N[item_K], (user_K, item_K)), shape)
         usual.append(usual_N)
         loadings.append(_loadings(opinion, known, vector_ND, settings.components))
+        as_labels_K = usual_N[item_K] * (1 - usual_N[item_K])
+        scales.append(np.sum((label_K - usual_N[item_K]) ** 2) / max(float(np.sum(as_labels_K)), 1e-6))
         advance(1)
-    return Opinions(np.stack(usual), np.stack(loadings))
+    labels = np.isin(log.label_E, (0, 1)).all()
+    return Opinions(np.stack(usual), np.stack(loadings), None if labels else np.array(scales, np.float32))
 
 
 def _loadings(
@@ -211,34 +217,38 @@ def expect(
     # Items of fold f are numbered from f * N on, so that rows of all folds are computed together.
     first_R = (rows.user_E[row_R] % folds * n_items).astype(np.int32)
     arrays = jax.device_put((opinions.usual_FN.ravel(), opinions.loading_FNK.reshape(folds * n_items, -1)))
+    scale_F = np.ones(folds, np.float32) if opinions.scale_F is None else opinions.scale_F
     out_R2 = np.zeros((len(row_R), 2), np.float32)
     for bound in np.unique(bound_R):
         here_R, width = np.flatnonzero(bound_R == bound), min(int(bound), settings.cap)
         for begin in range(0, len(here_R), CHUNK):
             part_C = here_R[begin : begin + CHUNK]
             item_CL, label_CL = np.zeros((CHUNK, bound), np.int32), np.zeros((CHUNK, bound), np.float32)
-            target_C = np.zeros(CHUNK, np.int32)
+            target_C, scale_C = np.zeros(CHUNK, np.int32), np.ones(CHUNK, np.float32)
             target_C[: len(part_C)] = log.item_E[row_R[part_C]] + first_R[part_C]
-            item_CX, mark_CX, _ = own_tails(histories, row_R[part_C], length=width)
+            scale_C[: len(part_C)] = scale_F[rows.user_E[row_R[part_C]] % folds]
+            item_CX, label_CX, _ = own_tails(histories, histories.label_H, row_R[part_C], length=width)
             item_CL[: len(part_C), :width] = np.where(item_CX > 0, item_CX + first_R[part_C, None], 0)
-            label_CL[: len(part_C), :width] = mark_CX == 2
-            out_R2[part_C] = _expect(item_CL, label_CL, target_C, *arrays)[: len(part_C)]
+            label_CL[: len(part_C), :width] = label_CX
+            out_R2[part_C] = _expect(item_CL, label_CL, target_C, *arrays, scale_C)[: len(part_C)]
             advance(len(part_C))
     return out_R2
 
 
 @jax.jit
-def _expect(item_CL: Array, label_CL: Array, target_C: Array, usual_N: Array, loading_NK: Array) -> jax.Array:
+def _expect(
+    item_CL: Array, label_CL: Array, target_C: Array, usual_N: Array, loading_NK: Array, scale_C: Array
+) -> jax.Array:
     """With the results of `_summed` and A = 1 + X'X, the mean is t' A^-1 X'y for a target of loadings t, and what is
     explained of t't is t' A^-1 X'X t."""
-    return _answered(*_summed(item_CL, label_CL, usual_N, loading_NK), loading_NK[target_C])
+    return _answered(*_summed(item_CL, label_CL, usual_N, loading_NK, scale_C), loading_NK[target_C])
 
 
 @jax.jit
 def expect_for_one(item_L: Array, label_L: Array, target_C: Array, usual_N: Array, loading_NK: Array) -> jax.Array:
     """`expect` for many targets of one user, [C, 2]: history items, 0 is padding, their labels, and the opinions of the
     user's fold. The history is summed once."""
-    known_1KK, opinion_1K = _summed(item_L[None], label_L[None], usual_N, loading_NK)
+    known_1KK, opinion_1K = _summed(item_L[None], label_L[None], usual_N, loading_NK, jnp.ones(1))
     n, k = target_C.shape[0], loading_NK.shape[1]
     known_CKK, opinion_CK = jnp.broadcast_to(known_1KK, (n, k, k)), jnp.broadcast_to(opinion_1K, (n, k))
     return _answered(known_CKK, opinion_CK, loading_NK[target_C])
@@ -252,13 +262,17 @@ def _answered(known_CKK: jax.Array, opinion_CK: jax.Array, target_CK: jax.Array)
     return 4.0 * jnp.stack([mean_C, jnp.sqrt(jnp.maximum(explained_C, 0.0))], axis=1)
 
 
-def _summed(item_CL: Array, label_CL: Array, usual_N: Array, loading_NK: Array) -> tuple[jax.Array, jax.Array]:
+def _summed(
+    item_CL: Array, label_CL: Array, usual_N: Array, loading_NK: Array, scale_C: Array
+) -> tuple[jax.Array, jax.Array]:
     """X'X [C, K, K] and X'y [C, K], with X the loadings of the history, each over the root of its noise: in the space
     of the components long histories cost no more than a sum over them."""
     inside_CL = item_CL > 0
     loading_CLK, usual_CL = loading_NK[item_CL], usual_N[item_CL]
     # All of an opinion's variance that is not explained is its noise.
-    noise_CL = jnp.maximum(usual_CL * (1.0 - usual_CL) - jnp.sum(loading_CLK**2, axis=2), LEAST_NOISE)
+    scale_C1 = scale_C[:, None]
+    unexplained_CL = scale_C1 * usual_CL * (1.0 - usual_CL) - jnp.sum(loading_CLK**2, axis=2)
+    noise_CL = jnp.maximum(unexplained_CL, scale_C1 * LEAST_NOISE)
     weight_CL = jnp.where(inside_CL, 1.0 / jnp.sqrt(noise_CL), 0.0)
     scaled_CLK = loading_CLK * weight_CL[:, :, None]
     known_CKK = jnp.einsum("clk,clm->ckm", scaled_CLK, scaled_CLK)
@@ -278,7 +292,8 @@ def expect_all(
     fold_Q = user_Q % len(opinions.usual_FN)
     for fold in np.unique(fold_Q):
         of_fold, loading_NK = fold_Q == fold, opinions.loading_FNK[fold]
-        arrays = jax.device_put((item_QL[of_fold], label_QL[of_fold], opinions.usual_FN[fold], loading_NK))
+        scale_Q = np.full(of_fold.sum(), 1 if opinions.scale_F is None else opinions.scale_F[fold], np.float32)
+        arrays = jax.device_put((item_QL[of_fold], label_QL[of_fold], opinions.usual_FN[fold], loading_NK, scale_Q))
         known_QKK, opinion_QK = map(np.asarray, _summed(*arrays))
         taste_QK1 = np.linalg.solve(known_QKK + np.eye(loading_NK.shape[1]), opinion_QK[:, :, None])
         out_QN[of_fold] = taste_QK1[:, :, 0] @ loading_NK.T

@@ -9,6 +9,7 @@ import flax.linen as nn
 
 from marsjax.ctr.din import Din
 from marsjax.ctr.dnn import Dnn
+from marsjax.data.histories import GRADES
 
 
 def make_backbone(
@@ -23,8 +24,8 @@ def make_backbone(
         "n_categories": n_categories,
         "n_users": n_users if settings["user_id"] else 0,
         "embedding": settings["embedding"],
-        "content": settings["content"] if settings["inputs"] == "strong" and n_features else 0,
-        "feedback": settings["inputs"] == "strong",
+        "content": settings["content"] if settings["inputs"] != "ids" and n_features else 0,
+        "levels": LEVELS[settings["inputs"]],
         "apart": settings["apart"],
         "tower": tuple(settings["tower"]),
         "activation": settings["activation"],
@@ -45,4 +46,6 @@ def _dnn(settings: Mapping[str, Any], shared: dict[str, Any]) -> nn.Module:
 
 BACKBONES = {"din": _din, "dnn": _dnn}
 DTYPES = ("float32", "bfloat16")
-INPUTS = ("ids", "strong")  # ids and categories, or also content, feedback and priors
+# Marks of history items: of ids and categories; of content, feedback and priors too; of feedback and priors by grade.
+LEVELS = {"ids": 0, "strong": 2, "graded": GRADES}
+INPUTS = tuple(LEVELS)

@@ -54,7 +54,7 @@ class Din(nn.Module):
     Attributes:
         n_users: rows of an embedding of the user's id beside the history; 0 does without.
         content: width of the projected content of items; 0 does without.
-        feedback: history items carry the mark of what the user thought of them.
+        levels: history items carry the mark of what the user thought of them, one of so many; 0 does without.
         softmax: normalise the attention weights over the history. Off is the original DIN (a weighted sum).
         apart: pool borrowed items apart from the user's own, by the same attention. Together (Eq. 18) a few own items
             may drown among many borrowed ones; apart, only rows that borrow train the tower's use of them.
@@ -68,7 +68,7 @@ class Din(nn.Module):
     n_users: int = 0
     embedding: int = 10
     content: int = 0
-    feedback: bool = False
+    levels: int = 0
     attention: tuple[int, ...] = (32,)
     tower: tuple[int, ...] = (200, 80)
     softmax: bool = True
@@ -81,15 +81,15 @@ class Din(nn.Module):
         self.items = ItemEmbedding(self.n_items, self.n_categories, self.embedding, self.content)
         # A softmax over the history cancels a bias of the last layer, and only noise would train it.
         self.attend = TargetAttention(self.attention, self.activation, not self.softmax, self.axis_name)
-        if self.feedback:
-            self.marks = feedback_embedding()
+        if self.levels:
+            self.marks = feedback_embedding(self.levels)
         if self.n_users:
             self.users = user_embedding(self.n_users, self.embedding)
         self.score = Tower(self.tower, self.activation, self.axis_name)
 
     def embed(self, batch: CtrBatch, tables: ItemTables) -> tuple[jax.Array, jax.Array]:
         """Targets [B, D] and histories [B, L, D]; with marks both have room for them, and targets have none."""
-        return embed_rows(self.items(tables), self.marks if self.feedback else None, batch, self.dtype)
+        return embed_rows(self.items(tables), self.marks if self.levels else None, batch, self.dtype)
 
     def pool(self, target_BD: jax.Array, history_BLD: jax.Array, batch: CtrBatch, *, train: bool) -> list[jax.Array]:
         """What the attention pools of each part of the history, [B, D] each. Of the batch the masks are read."""

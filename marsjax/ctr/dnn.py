@@ -21,7 +21,7 @@ class Dnn(nn.Module):
     n_users: int = 0
     embedding: int = 10
     content: int = 0
-    feedback: bool = False
+    levels: int = 0
     apart: bool = False
     tower: tuple[int, ...] = (200, 80)
     activation: str = "prelu"
@@ -30,15 +30,15 @@ class Dnn(nn.Module):
 
     def setup(self) -> None:
         self.items = ItemEmbedding(self.n_items, self.n_categories, self.embedding, self.content)
-        if self.feedback:
-            self.marks = feedback_embedding()
+        if self.levels:
+            self.marks = feedback_embedding(self.levels)
         if self.n_users:
             self.users = user_embedding(self.n_users, self.embedding)
         self.score = Tower(self.tower, self.activation, self.axis_name)
 
     def embed(self, batch: CtrBatch, tables: ItemTables) -> tuple[jax.Array, jax.Array]:
         """Targets [B, D] and histories [B, L, D]."""
-        return embed_rows(self.items(tables), self.marks if self.feedback else None, batch, self.dtype)
+        return embed_rows(self.items(tables), self.marks if self.levels else None, batch, self.dtype)
 
     def pool(self, target_BD: jax.Array, history_BLD: jax.Array, batch: CtrBatch, *, train: bool) -> list[jax.Array]:
         """The mean of each part of the history, [B, D] each; the target is not read."""

@@ -108,9 +108,9 @@ def user_embedding(n_users: int, width: int) -> Embedding:
     return Embedding(n_users + 1, width, stddev=0.01, zero_is_none=True)
 
 
-def feedback_embedding() -> Embedding:
-    """Of the marks of history items: not known, not liked, liked."""
-    return Embedding(3, FEEDBACK_WIDTH, stddev=0.5)
+def feedback_embedding(levels: int) -> Embedding:
+    """Of the marks of history items: not known, and from the least liked to the most."""
+    return Embedding(1 + levels, FEEDBACK_WIDTH, stddev=0.5)
 
 
 def embed_rows(item_ND: jax.Array, marks: Embedding | None, batch: CtrBatch, dtype: str) -> tuple[jax.Array, jax.Array]:

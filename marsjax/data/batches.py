@@ -15,7 +15,7 @@ import grain.python as grain
 import jax
 import numpy as np
 
-from marsjax.data.histories import feedback, gather_histories, length_bounds, own_tails
+from marsjax.data.histories import gather_histories, length_bounds, own_tails
 from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Inputs, Log, Rows, Viewed, Viewing
 
 Batch = TypeVar("Batch")
@@ -128,11 +128,9 @@ def ctr_batch(
     history_BL = np.zeros((size, length), np.int32)
     _gather(histories.item_H, own_at_BL, is_own_BL, history_BL)
     feedback_BL = None
-    if inputs.feedback:
+    if inputs.mark_H is not None:
         feedback_BL = np.zeros((size, length), np.int8)
-        liked_BL = np.zeros(is_own_BL.shape, np.float32)
-        _gather(histories.label_H, own_at_BL, is_own_BL, liked_BL)
-        np.copyto(feedback_BL[: len(row_B)], feedback(liked_BL), where=is_own_BL)
+        _gather(inputs.mark_H, own_at_BL, is_own_BL, feedback_BL)
     borrowed_BL = np.zeros((size, length), bool)
     if augmentation is not None and extra_B.any():
         borrowed = augmentation.borrowed
@@ -172,6 +170,7 @@ def with_views(
     rows: Rows,
     row_B: np.ndarray,
     viewing: Viewing,
+    mark_H: np.ndarray | None,
     *,
     bounds: tuple[int, ...],
     cap: int,
@@ -183,7 +182,9 @@ def with_views(
     the last entries, the history gets the shortest length of `bounds` that holds all of them; nothing may be borrowed.
     """
     length = min(viewing.length, cap)
-    tail_BW, mark_BW, length_B = own_tails(rows.histories, row_B, length=length)
+    # Without marks, labels stand where nobody looks.
+    value_H = rows.histories.label_H if mark_H is None else mark_H
+    tail_BW, mark_BW, length_B = own_tails(rows.histories, value_H, row_B, length=length)
     views = viewing.make(tail_BW, length_B, rng)
     marks = [
         np.where(view.column_BL >= 0, np.take_along_axis(mark_BW, np.maximum(view.column_BL, 0), axis=1), 0)
@@ -312,7 +313,7 @@ def ctr_source(
             return batch
         # 2: a number of its own, which is not 0, since (seed, epoch, 0) would be the seed of an epoch.
         rng = np.random.default_rng(hash_seed(seed, index, 2))
-        return cut(with_views(batch, rows, row_B, viewing, bounds=buckets, cap=cap, rng=rng), own)
+        return cut(with_views(batch, rows, row_B, viewing, inputs.mark_H, bounds=buckets, cap=cap, rng=rng), own)
 
     return BatchSource(make, per_epoch * epochs), per_epoch
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from marsjax.data.grades import rank_grades
 from marsjax.files import digest_arrays
 from marsjax.records import Dataset, Items, Log, Modality, Problem
 
@@ -79,8 +80,8 @@ def build_dataset(
 
     Args:
         user_R, item_R: ids, as strings or already numbered; "" is missing.
-        label_R: float; NaN is missing. With `label_threshold` the label is `value >= threshold`, without it the
-            column must be 0 or 1.
+        label_R: float; NaN is missing. With `label_threshold` the label is `value >= threshold`, and the grade says
+            how large the value is (`rank_grades`); without it the column must be 0 or 1.
         time_R: integer, float or datetime64; NaN, NaT and what is outside +-(2^63 - 1) are missing. Rows are sorted and
             compared as precisely as given, and rows of one user with equal times keep their order. Integers stay as
             they are. Of floats and datetime64 whole seconds are kept, or, where any time has a fraction, microseconds
@@ -109,13 +110,14 @@ def build_dataset(
     if time_R.dtype.kind == "f":
         time_R = time_R.astype(np.float64)
     row_R = np.arange(len(user_code_R))
+    value_R = label_R
 
     def narrow(keep_R: np.ndarray) -> None:
-        nonlocal user_code_R, item_code_R, label_R, time_R, row_R
+        nonlocal user_code_R, item_code_R, label_R, time_R, row_R, value_R
         if keep_R.dtype == bool and keep_R.all():
             return
-        user_code_R, item_code_R, label_R, time_R, row_R = (
-            v[keep_R] for v in (user_code_R, item_code_R, label_R, time_R, row_R)
+        user_code_R, item_code_R, label_R, time_R, row_R, value_R = (
+            v[keep_R] for v in (user_code_R, item_code_R, label_R, time_R, row_R, value_R)
         )
 
     narrow(drop("missing_id", (user_names == "")[user_code_R] | (item_names == "")[item_code_R]))
@@ -194,7 +196,7 @@ def build_dataset(
     if single:
         at = np.flatnonzero(np.diff(start_U1) == 1)[:SHOWN]
         found.append(Problem("user_of_one_event", single, "kept", tuple(f"user {user_names[u]}" for u in at)))
-    log = Log(start_U1, item_E, label_R.astype(np.float32), time_R, user_names)
+    log = Log(start_U1, item_E, label_R.astype(np.float32), time_R, user_names, rank_grades(value_R))
     category_NG, category_names = _categories([items.categories[int(i)] for i in kept])
     modalities = {
         modality: _modality(modality, raw, raw_id_N, found) for modality, raw in features.items()
@@ -299,6 +301,7 @@ def _modality(modality: str, raw: RawFeatures, raw_id_N: np.ndarray, found: list
 
 def _fingerprint(log: Log, items: Items) -> str:
     arrays = {**log._asdict(), "raw_id": items.raw_id_N, "title": items.title_N, "category": items.category_NG}
+    del arrays["grade_E"]  # see `grades`
     for modality, (feature_NF, present_N) in items.modalities.items():
         arrays |= {f"{modality}.feature": feature_NF, f"{modality}.present": present_N}
     return digest_arrays({name: _narrow(array) for name, array in arrays.items()})

@@ -8,10 +8,12 @@ import numpy as np
 
 from marsjax.records import LOW, TRAIN, Histories, Rows
 
+GRADES = 5  # marks of grades
 
-def feedback(label_X: np.ndarray) -> np.ndarray:
-    """The mark of a history item [X] int8: 2 liked, 1 not liked."""
-    return 1 + (label_X > 0).astype(np.int8)
+
+def feedback(value_X: np.ndarray, levels: int = 2) -> np.ndarray:
+    """The mark of a history item [X] int8, from 1 for a value of 0 to `levels` for one of 1: 2 liked, 1 not liked."""
+    return np.int8(1) + np.minimum(value_X * levels, levels - 1).astype(np.int8)
 
 
 def length_bounds(buckets: Iterable[int], cap: int) -> tuple[int, ...]:
@@ -42,16 +44,19 @@ def ragged_histories(start_Q: np.ndarray, end_Q: np.ndarray, *, cap: int) -> tup
     return start_Q1, np.repeat(end_Q - length_Q - start_Q1[:-1], length_Q) + np.arange(start_Q1[-1])
 
 
-def own_tails(histories: Histories, row_B: np.ndarray, *, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The last `length` own entries of rows: items and marks, [B, length] left-aligned, and how many they are, [B]."""
+def own_tails(
+    histories: Histories, value_H: np.ndarray, row_B: np.ndarray, *, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The last `length` own entries of rows: items and values, [B, length] left-aligned and padded with 0, and how
+    many they are, [B]."""
     length_B = np.minimum(histories.end_E[row_B] - histories.start_E[row_B], length)
     column_1W = np.arange(length)[None, :]
     inside_BW = column_1W < length_B[:, None]
     if not len(histories.item_H):
-        return np.zeros(inside_BW.shape, np.int32), np.zeros(inside_BW.shape, np.int8), length_B
+        return np.zeros(inside_BW.shape, np.int32), np.zeros(inside_BW.shape, value_H.dtype), length_B
     at_BW = np.where(inside_BW, (histories.end_E[row_B] - length_B)[:, None] + column_1W, 0)
-    mark_BW = feedback(histories.label_H[at_BW])
-    return np.where(inside_BW, histories.item_H[at_BW], 0), np.where(inside_BW, mark_BW, 0).astype(np.int8), length_B
+    value_BW = np.where(inside_BW, value_H[at_BW], value_H.dtype.type(0))
+    return np.where(inside_BW, histories.item_H[at_BW], 0), value_BW, length_B
 
 
 def cut_histories(rows: Rows, *, share: float, seed: int) -> tuple[Rows, np.ndarray]:

@@ -20,7 +20,7 @@ def permute_labels(dataset: Dataset, *, seed: int) -> Dataset:
     user_E = np.repeat(np.arange(len(log.start_U1) - 1), np.diff(log.start_U1))
     order_E = np.lexsort((np.random.default_rng(seed).random(len(user_E)), user_E))
     return dataset._replace(
-        log=log._replace(label_E=log.label_E[order_E]),
+        log=log._replace(label_E=log.label_E[order_E], grade_E=None if log.grade_E is None else log.grade_E[order_E]),
         oracle_E=None,
         fingerprint=digest_json([dataset.fingerprint, "permuted", seed]),
     )

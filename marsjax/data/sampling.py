@@ -23,6 +23,7 @@ def sample_users(dataset: Dataset, count: int, *, seed: int) -> Dataset:
             start_U1=start_U1,
             item_E=log.item_E[event_X],
             label_E=log.label_E[event_X],
+            grade_E=None if log.grade_E is None else log.grade_E[event_X],
             time_E=log.time_E[event_X],
             raw_user_U=log.raw_user_U[kept_U],
         ),

@@ -129,6 +129,7 @@ def _histories(
         item_H=log.item_E[entries],
         time_H=log.time_E[entries],
         label_H=log.label_E[entries],
+        grade_H=None if log.grade_E is None else log.grade_E[entries],
         end_E=np.where(sparse_U[user_E], np.minimum(end_E, train_end_U[user_E]), end_E),
         train_end_U=train_end_U,
         start_E=before_E1[log.start_U1[:-1]][user_E],

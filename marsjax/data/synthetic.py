@@ -81,7 +81,9 @@ def make_synthetic(
     shown_UI = np.take_along_axis(shown_UI, np.argsort(place_UI, axis=1), axis=1)
     item_R = shown_UI[user_R, number_R]
     probability_R = click_UI[user_R, item_R]
-    label_R = (rng.random(len(item_R)) < probability_R).astype(np.float64)
+    # How much an item is liked: its log odds and logistic noise, which are above 0 with this very probability.
+    drawn_R = rng.random(len(item_R))
+    liking_R = np.log(probability_R / (1 - probability_R)) - np.log(np.maximum(drawn_R, 1e-300) / (1 - drawn_R))
     begin_U, pace_U = rng.integers(0, 10_000, n_users), rng.integers(1, 30, n_users)
     time_R = begin_U[user_R] + number_R * pace_U[user_R]
 
@@ -100,7 +102,8 @@ def make_synthetic(
         name="synthetic",
         user_R=_ids("u", user_R),
         item_R=_ids("i", item_R),
-        label_R=label_R,
+        label_R=liking_R,
+        label_threshold=0.0,
         time_R=time_R,
         where=lambda row_R: [f"row {row}" for row in row_R],
         items=items,
