@@ -97,11 +97,12 @@ def test_covariances_are_those_of_their_definition(data, content):
         assert np.abs(covariance_NN).max() > 0.01
 
 
-def test_expectations_are_gaussian_process_regression(data):
+@pytest.mark.parametrize("scale_F", [None, np.array([0.3, 0.4, 0.5], np.float32)])
+def test_expectations_are_gaussian_process_regression(data, scale_F):
     log, rows, _, _ = data
     rng = np.random.default_rng(2)
     opinions = Opinions(
-        rng.uniform(0.1, 0.9, (3, N)).astype(np.float32), rng.normal(0, 0.15, (3, N, 4)).astype(np.float32)
+        rng.uniform(0.1, 0.9, (3, N)).astype(np.float32), rng.normal(0, 0.15, (3, N, 4)).astype(np.float32), scale_F
     )
     row_R = np.arange(len(log.item_E))
     found_R2 = expect(log, rows, opinions, row_R, settings=SETTINGS)
@@ -111,7 +112,9 @@ def test_expectations_are_gaussian_process_regression(data):
         seen = slice(max(histories.start_E[event], histories.end_E[event] - SETTINGS.cap), histories.end_E[event])
         item_L, usual_N = histories.item_H[seen], opinions.usual_FN[fold].astype(float)
         kernel_NN = opinions.loading_FNK[fold].astype(float) @ opinions.loading_FNK[fold].T
-        noise_L = np.maximum(usual_N * (1 - usual_N) - np.diag(kernel_NN), posterior.LEAST_NOISE)[item_L]
+        scale = 1 if scale_F is None else scale_F[fold]
+        noise_N = np.maximum(scale * usual_N * (1 - usual_N) - np.diag(kernel_NN), scale * posterior.LEAST_NOISE)
+        noise_L = noise_N[item_L]
         observed_LL = kernel_NN[np.ix_(item_L, item_L)] + np.diag(noise_L)
         to_target_L = kernel_NN[item_L, log.item_E[event]]
         weight_L = np.linalg.solve(observed_LL, to_target_L)
