@@ -2,14 +2,16 @@
 
     python benchmarks/short_histories.py --data=PATH/ml-1m [--events=3,5,10,20] [--seeds=5] [--output=FILE]
 
-A deep model may fail to find what its inputs hold, or find what is not there. This cannot: it has at most nine
+A deep model may fail to find what its inputs hold, or find what is not there. This cannot: it has at most fifteen
 weights, learnt from 200,000 training rows of all users, each shown with a history as short as a sparse user's. So it
 says how much a method can gain that knows the user by these events alone. Sparse users' validation rows are judged; no
 test row is read. `base` is the user's rate of likes and the item's, with their counts (the numbers of the strong
-inputs); `collaborative_posterior` adds what this method lends.
+inputs); `base_graded` adds the same by grade (those of the graded inputs); `collaborative_posterior` is the base and
+what this method lends, `collaborative_graded_posterior` the graded base and the same of grades.
 """
 
 import argparse
+import functools
 import pathlib
 import sys
 import time
@@ -20,12 +22,19 @@ from marsjax import files, pipeline, provenance
 from marsjax.augmentation import posterior
 from marsjax.augmentation.donors import find_donors
 from marsjax.configuration import load_config
+from marsjax.data.grades import graded_log, graded_rows
 from marsjax.data.histories import cut_histories
 from marsjax.data.priors import prior_numbers
 from marsjax.evaluation import report
 from marsjax.records import LOW, TRAIN, VALID, Predictions
 
 ROWS, RIDGE, NEWTON_STEPS = 200_000, 1e-3, 30
+READ = {  # by each of them
+    "base": ("rates",),
+    "base_graded": ("rates", "rates by grade"),
+    "collaborative_posterior": ("rates", "expected"),
+    "collaborative_graded_posterior": ("rates", "rates by grade", "expected by grade"),
+}
 
 
 def logistic(x_BF: np.ndarray, label_B: np.ndarray) -> np.ndarray:
@@ -48,20 +57,25 @@ def probe(folder: str, events: int, seeds: int) -> tuple[dict[str, list[Predicti
     settings = pipeline.posterior_settings(config)
     user_P = find_donors(rows, cap=settings.cap).user_P
     n_items = len(loaded.dataset.items.raw_id_N)
-    opinions = posterior.learn_opinions(log, rows, user_P, None, n_items=n_items, settings=settings)
+    learn = functools.partial(posterior.learn_opinions, n_items=n_items, settings=settings)
+    opinions, by_grade = learn(log, rows, user_P, None), learn(graded_log(log), rows, user_P, None)
     valid_B = np.flatnonzero((rows.split_E == VALID) & (rows.group_U[rows.user_E] == LOW))
-    results: dict[str, list[Predictions]] = {"base": [], "collaborative_posterior": []}
+    results: dict[str, list[Predictions]] = {name: [] for name in READ}
     for seed in range(seeds):
         short, _ = cut_histories(rows, share=1.0, seed=seed)
         train_B = np.random.default_rng(seed).permutation(np.flatnonzero(rows.split_E == TRAIN))[:ROWS]
-        prior_EJ = prior_numbers(log, short, folds=config.ctr.rate_folds)
-        x_train, x_valid = (
-            np.concatenate([prior_EJ[row_B], posterior.expect(log, short, opinions, row_B, settings=settings)], axis=1)
-            for row_B in (train_B, valid_B)
-        )
-        for method, width in (("base", prior_EJ.shape[1]), ("collaborative_posterior", x_train.shape[1])):
-            weight_F = logistic(x_train[:, :width], log.label_E[train_B])
-            score_B = 1 / (1 + np.exp(-(weight_F[0] + x_valid[:, :width] @ weight_F[1:])))
+        row_X = np.concatenate([train_B, valid_B])
+        shown = (log, short, opinions), (graded_log(log), graded_rows(short), by_grade)
+        numbers = {
+            "rates": prior_numbers(*shown[0][:2], folds=config.ctr.rate_folds)[row_X],
+            "rates by grade": prior_numbers(*shown[1][:2], folds=config.ctr.rate_folds)[row_X],
+            "expected": posterior.expect(*shown[0], row_X, settings=settings),
+            "expected by grade": posterior.expect(*shown[1], row_X, settings=settings),
+        }
+        for method, read in READ.items():
+            x_XF = np.concatenate([numbers[name] for name in read], axis=1)
+            weight_F = logistic(x_XF[: len(train_B)], log.label_E[train_B])
+            score_B = 1 / (1 + np.exp(-(weight_F[0] + x_XF[len(train_B) :] @ weight_F[1:])))
             user_B = rows.user_E[valid_B]
             results[method].append(
                 Predictions(user_B, log.item_E[valid_B], log.label_E[valid_B], score_B, rows.group_U[user_B])

@@ -140,7 +140,7 @@ def default_config(preset: str = "mars") -> ConfigDict:
 
     config.ctr = ctr = ConfigDict()
     ctr.backbone = "din"  # din, dnn
-    ctr.inputs = "ids"  # ids (and categories; the paper), or strong: also content, marks of liked items, prior rates
+    ctr.inputs = "ids"  # ids (and categories; the paper), strong: also content, liked items, rates; graded: grades too
     ctr.rate_folds = 5  # strong: an item's rate of likes is that of the users of the other folds
     ctr.components = 64  # strong: principal components of the items' text and image features
     ctr.content = 10  # strong: width they are projected to

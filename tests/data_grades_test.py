@@ -126,6 +126,18 @@ def test_grades_tell_more_than_labels_where_liking_is_a_matter_of_degree():
     assert by_grade > by_label + 0.02
 
 
+def test_grades_are_noise_where_a_user_likes_an_item_or_does_not():
+    """Planted types like an item with one of two probabilities, and how much says nothing beyond whether."""
+    dataset = planted(n_users=1000)
+    log, rows = dataset.log, make_rows(dataset.log, split="leave_one_out")
+    test_E = rows.split_E == TEST
+    by_label, by_grade = (
+        np.corrcoef(expectations(*shown)[1][test_E], dataset.oracle_E[test_E])[0, 1]
+        for shown in ((log, rows), (graded_log(log), graded_rows(rows)))
+    )
+    assert by_label > by_grade > 0.2
+
+
 def test_grades_that_are_coins_tell_nothing():
     dataset = planted(n_users=1500)
     rng = np.random.default_rng(1)
