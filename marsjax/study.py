@@ -44,7 +44,14 @@ PUBLISHED = ("mars", "mars_time_safe", "mars_without_target", "mars_train_only",
 TABLE_2 = {  # in parts that each take an hour of two cores or two, since a cell is kept when it is whole
     "in their usual form": ("base", *BASELINES, "mars", "mars_posterior"),
     "at MARS's number of items": ("base", *BUDGET, "mars", "mars_posterior"),
-    "controls and MARS": ("base", *CONTROLS, *PUBLISHED, "mars_posterior", "mars_short_posterior"),
+    "controls and MARS": (
+        "base",
+        *CONTROLS,
+        *PUBLISHED,
+        "mars_posterior",
+        "mars_graded_posterior",
+        "mars_short_posterior",
+    ),
 }
 ATTEMPTS = (  # what was tried on the way to what works, and the same without content
     "everybody_votes", "collaborative_vote", "mars_vote", "mars_vote_time_safe", "mars_vote_and_items",
@@ -64,7 +71,7 @@ FOLLOWED = {  # along the length of a history; baselines are compared at five ev
     "ids": ("base", "random_donor", "popular_items", "mars", "mars_posterior", "mars_short_posterior"),
     "strong": (
         "base", "random_donor", "popular_items", "short_histories", "collaborative_short_posterior", "mars",
-        "mars_posterior", "mars_short_posterior",
+        "mars_posterior", "mars_short_posterior", "mars_short_graded_posterior",
     ),
 }  # fmt: skip
 ALONE = ("base", "mars", "mars_posterior")  # what is followed through ablations and sweeps
@@ -205,7 +212,8 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "The same with the methods of other papers, and fewer seeds.",
             (
                 Cell(
-                    "search_sparse5_strong", "5 events", of("base", *BASELINES, *BUDGET, "mars_short_posterior"),
+                    "search_sparse5_strong", "5 events",
+                    of("base", *BASELINES, *BUDGET, "mars_short_posterior", "mars_short_graded_posterior"),
                     FIVE_EVENTS, 5.0, SETTINGS,
                 ),
             ),
@@ -242,8 +250,8 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
                 Cell(
                     "leak_strong", "labels permuted",
                     of("base", "short_histories", "collaborative_posterior", "mars", "mars_vote", "mars_posterior",
-                       "mars_short_posterior"),
-                    {"ctr.inputs": "strong", "data.permute_labels": "true", "split.kind": "last_fraction"}, 1.0,
+                       "mars_short_posterior", "mars_graded_posterior"),
+                    {"ctr.inputs": "strong", "data.permute_labels": "true", "split.kind": "last_fraction", **FIFTY}, 1.0,
                 ),
             ),
         ),
