@@ -32,6 +32,9 @@ def test_readme_quotes_the_committed_results(name):
         ("mars_short_posterior", "low", "auc"),
         ("mars_short_posterior", "low", "gauc"),
         ("mars_short_posterior", "all", "auc"),
+        ("mars_short_graded_posterior", "low", "auc"),
+        ("mars_short_graded_posterior", "low", "gauc"),
+        ("mars_short_graded_posterior", "all", "auc"),
     ],
 )
 def test_the_pages_quote_what_was_gained(page, method, group, metric):
@@ -151,12 +154,12 @@ def test_the_posterior_does_not_trust_content_that_tells_nothing():
     assert abs(found["difference"] - without["difference"]) < 0.002
 
 
-def test_the_short_posterior_wins_for_sparse_users():
-    won = difference(HEADLINE, "mars_short_posterior", "low")
+def test_the_short_posterior_of_grades_wins_for_sparse_users():
+    won = difference(HEADLINE, "mars_short_graded_posterior", "low")
     assert won["seeds"] >= 10
     assert won["low"] > 0
     assert won["p_t_test"] < 0.05
-    others = {row["method"] for row in read(HEADLINE)["rows"]} - {"full_history", "mars_short_posterior"}
+    others = {row["method"] for row in read(HEADLINE)["rows"]} - {"full_history", "mars_short_graded_posterior"}
     assert all(won["mean"] > difference(HEADLINE, method, "low")["mean"] for method in others)
 
 

@@ -163,6 +163,11 @@ def collaborative_posterior(offer: Offer) -> Treatment:
     return expect(offer, None)
 
 
+def collaborative_graded_posterior(offer: Offer) -> Treatment:
+    """Control: as `mars_graded_posterior`, without the aligned space."""
+    return expect(graded(offer), None)
+
+
 def _tfidf_donor(offer: Offer, *, components: int) -> Treatment:
     budget_Q, n_items = np.diff(offer.borrowed.start_Q1), len(offer.item_ND)
     return lend(
@@ -190,7 +195,7 @@ def collaborative_short_posterior(offer: Offer) -> Treatment:
 
 def collaborative_short_graded_posterior(offer: Offer) -> Treatment:
     """Control: as `mars_short_graded_posterior`, without the aligned space."""
-    return expect_of_short(offer, lambda shorter: expect(graded(shorter), None))
+    return expect_of_short(offer, collaborative_graded_posterior)
 
 
 def random_donor(offer: Offer) -> Treatment:
@@ -284,6 +289,9 @@ METHODS: dict[str, Method] = {
     "everybody_votes": Method(everybody_votes, numbers=2, offline=True),
     "collaborative_vote": Method(collaborative_vote, numbers=2, offline=True),
     "collaborative_posterior": Method(collaborative_posterior, numbers=2, posterior=True),
+    "collaborative_graded_posterior": Method(
+        collaborative_graded_posterior, numbers=2, posterior=True, graded=True, offline=True
+    ),
     "collaborative_short_posterior": Method(collaborative_short_posterior, numbers=2, posterior=True),
     "collaborative_short_graded_posterior": Method(
         collaborative_short_graded_posterior, numbers=2, posterior=True, graded=True, offline=True
