@@ -58,7 +58,7 @@ class PlannedCell(NamedTuple):
     config: ConfigDict
     workdir: pathlib.Path
     command: str
-    data: str  # fingerprint of the data
+    data: str  # fingerprint of the data, and of grades where they are read
     fingerprint: str  # of all that goes in
 
     @property
@@ -123,7 +123,9 @@ def run_cell(
     # The published method, and the variant of it that did best on the low-active users' validation rows.
     variants = {row["method"]: row["auc_low"]["mean"] or 0.0 for row in seen if row["method"].startswith("mars")}
     chosen = max(variants, key=lambda method: variants[method], default="mars")
-    others = ("base", "best_possible", "full_history", *(name for name in variants if name not in ("mars", chosen)))
+    # Not with its other variants, but for the same one of labels where it reads grades.
+    apart = (name for name in variants if name not in ("mars", chosen, chosen.replace("_graded", "")))
+    others = ("base", "best_possible", "full_history", *apart)
     return {
         "command": command,
         "commit": ", ".join(sorted(stages.commits | {current_commit()})),

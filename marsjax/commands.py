@@ -19,6 +19,7 @@ from marsjax import alignment, cells, embeddings, files, hosts, jobs, pipeline, 
 from marsjax.augmentation import posterior, table
 from marsjax.augmentation.methods import METHODS, opinions
 from marsjax.data import inspection
+from marsjax.data.grades import check_grades, middle_grades
 from marsjax.data.priors import item_counts
 from marsjax.evaluation import features_page, page, report, study_page
 from marsjax.evaluation.plots import Plot
@@ -84,18 +85,21 @@ def reproduce(
     """
     pipeline.check(config)
     began, names = time.monotonic(), [name for name in parts.split(",") if name]
-    first = pipeline.with_changes(config, study.QUICK if quick else {})
-    dataset = pipeline.read(first, workdir)
-    compared = _methods(methods)
-    if dataset.log.grade_E is None:
-        compared -= {name for name in compared if METHODS[name].graded}
-    plan = (study.quick if quick else study.full)(compared)
+    make_plan, compared = study.quick if quick else study.full, _methods(methods)
+    plan = make_plan(compared)
     if unknown := set(names) - {part.name for part in plan} - {cell.name for part in plan for cell in part.cells}:
         raise ValueError(
             f"--parts: expected some of {', '.join(part.name for part in plan)}, or names of their cells, found "
             f"{', '.join(sorted(unknown))}"
         )
+    first = pipeline.with_changes(config, study.QUICK if quick else {})
+    dataset = pipeline.read(first, workdir)
     pipeline.tell(dataset.problems)
+    if dataset.log.grade_E is None and (graded := sorted(name for name in compared if METHODS[name].graded)):
+        if methods:
+            check_grades(dataset.log, ", ".join(graded))
+        log.info("the log has labels alone, so these are left out: %s", ", ".join(graded))
+        plan = make_plan(compared - set(graded))
     shelf, stages = cells.Shelf(dataset, users=first.data.sample_users), Stages(workdir)
     sections: list[page.Section] = []
     hours = 0.0  # of what the cells hold; stages that several share count in each
@@ -245,7 +249,9 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             "longest": int((rows.histories.train_end_U - rows.histories.start_U1[:-1])[low_U].max(initial=0)),
         },
         counts=pipeline.counts(context.loaded, config.export.method),
-        users=serving.latest_users(dataset.log, rows, augmentation, vectors.user_UD),
+        users=serving.latest_users(
+            dataset.log, rows, augmentation, vectors.user_UD, graded=METHODS[config.export.method].graded
+        ),
         items=serving.Items(
             raw_id_N=dataset.items.raw_id_N,
             title_N=dataset.items.title_N.astype(str),
@@ -261,6 +267,7 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             if context.loaded.inputs.dense_EJ is None
             else item_counts(dataset.log, rows, n_items=n_items, folds=config.ctr.rate_folds),
             treatment.opinions,
+            middle_grades(dataset.log, rows),
         ),
     )
     say(

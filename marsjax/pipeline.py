@@ -27,8 +27,15 @@ from marsjax.ctr.items import ID_TABLES, content_table, padded_tables
 from marsjax.ctr.touched import TABLES, check_tables, rows_of_users, touch, touched_score, touched_step
 from marsjax.data import batches
 from marsjax.data.content import unused_files
-from marsjax.data.grades import check_grades, graded_log, graded_rows, grades_fingerprint
-from marsjax.data.histories import GRADES, feedback
+from marsjax.data.grades import (
+    check_grades,
+    grade_marks,
+    graded_log,
+    graded_rows,
+    grades_fingerprint,
+    middle_grades,
+)
+from marsjax.data.histories import feedback
 from marsjax.data.permutation import permute_features, permute_labels
 from marsjax.data.priors import prior_numbers
 from marsjax.data.sampling import sample_users
@@ -66,7 +73,6 @@ from marsjax.training.step import init_state, init_variables
 log = logging.getLogger(__name__)
 
 PyTree = Any
-MIDDLE_GRADES = np.array([0, 2, 4], np.int8)  # of the marks: not known, not liked, liked
 
 
 class Loaded(NamedTuple):
@@ -275,7 +281,9 @@ def load(config: ConfigDict, dataset: Dataset | None = None, *, workdir: pathlib
     return Loaded(
         dataset,
         rows,
-        Inputs(mark_H=marks(config, rows), dense_EJ=priors(config, dataset.log, rows)) if is_strong else Inputs(),
+        Inputs(mark_H=marks(config, dataset.log, rows), dense_EJ=priors(config, dataset.log, rows))
+        if is_strong
+        else Inputs(),
         ItemTables(
             dataset.items.category_NG,
             content_table(dataset.items, components=config.ctr.components) if is_strong else None,
@@ -685,8 +693,10 @@ def treat(context: Context, donation: Donation, method: str) -> Treatment:
     lent = treatment.augmentation
     if lent is None:
         return treatment
-    if config.ctr.inputs == "graded":  # what is lent says liked or not, and is read as the grade in the middle of these
-        lent = lent._replace(borrowed=lent.borrowed._replace(feedback_S=MIDDLE_GRADES[lent.borrowed.feedback_S]))
+    if config.ctr.inputs == "graded" and lent.borrowed.feedback_S is not None:
+        # What is lent says liked or not, and is read as the mean grade of what was liked, or not.
+        middle_3 = np.append(np.int8(0), grade_marks(offer.log, middle_grades(offer.log, offer.rows)))
+        lent = lent._replace(borrowed=lent.borrowed._replace(feedback_S=middle_3[lent.borrowed.feedback_S]))
     blanked = lent._replace(time_safe=lent.time_safe or cfg.time_safe, drop_target=lent.drop_target or cfg.drop_target)
     return treatment._replace(augmentation=blanked)
 
@@ -697,20 +707,20 @@ def grade_readers(config: ConfigDict) -> list[str]:
     return [*inputs, *(method for method in config.evaluation.methods if METHODS[method].graded)]
 
 
-def marks(config: ConfigDict, rows: Rows) -> np.ndarray:
+def marks(config: ConfigDict, log: Log, rows: Rows) -> np.ndarray:
     """What a model with these inputs sees of the feedback on history items, [H] int8."""
     if config.ctr.inputs == "graded":
-        return feedback(graded_rows(rows).histories.label_H, GRADES)
+        return grade_marks(log, graded_rows(rows).histories.label_H)
     return feedback(rows.histories.label_H)
 
 
 def priors(config: ConfigDict, log: Log, rows: Rows) -> np.ndarray:
-    """Rates and counts that a model with these inputs reads, [E, 6], or with those by grade [E, 12]."""
+    """Rates and counts that a model with these inputs reads, [E, 6], or with mean grades too [E, 9]."""
     prior_EJ = prior_numbers(log, rows, folds=config.ctr.rate_folds)
     if config.ctr.inputs != "graded":
         return prior_EJ
     by_grade_EJ = prior_numbers(graded_log(log), graded_rows(rows), folds=config.ctr.rate_folds)
-    return np.concatenate([prior_EJ, by_grade_EJ], axis=1)
+    return np.concatenate([prior_EJ, by_grade_EJ[:, ::2]], axis=1)
 
 
 def treated_inputs(context: Context, treatment: Treatment) -> Inputs:
@@ -719,6 +729,7 @@ def treated_inputs(context: Context, treatment: Treatment) -> Inputs:
     prior_EJ = inputs.dense_EJ
     if treatment.rows is not None and prior_EJ is not None:
         prior_EJ = priors(context.config, log, treatment.rows)
+        inputs = inputs._replace(mark_H=marks(context.config, log, treatment.rows))
     parts = [part for part in (prior_EJ, treatment.dense_EJ) if part is not None]
     return inputs._replace(dense_EJ=np.concatenate(parts, axis=1) if parts else None, hidden_E=treatment.hidden_E)
 

@@ -143,9 +143,7 @@ class Borrowed(NamedTuple):
     time_S: np.ndarray  # [S] int64, when the donor met the item
     donor_S: np.ndarray  # [S] int32
     similarity_S: np.ndarray  # [S] float32, cosine of item and query user, Eq. 16
-    feedback_S: np.ndarray | None = (
-        None  # [S] int8, what the donor thought: 2 liked, 1 not, 0 not known; None: all of them
-    )
+    feedback_S: np.ndarray | None = None  # [S] int8, what donors thought: 2 liked, 1 not, 0 not known; None: all are 0
 
 
 class Donors(NamedTuple):

@@ -64,8 +64,7 @@ HEADLINE = (
     "mars_short_graded_posterior",
 )  # fmt: skip
 GRADED = (
-    "base", "popular_items", "short_histories", "collaborative_short_graded_posterior", "mars", "mars_short_posterior",
-    "mars_short_graded_posterior",
+    "base", "popular_items", "short_histories", "mars", "mars_short_posterior", "mars_short_graded_posterior",
 )  # fmt: skip
 FOLLOWED = {  # along the length of a history; baselines are compared at five events, in the part `search`
     "ids": ("base", "random_donor", "popular_items", "mars", "mars_posterior", "mars_short_posterior"),
@@ -138,7 +137,7 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "The same over a base that reads grades",
             "search",
             "The expectation may gain from grades: how much an item was liked, and not only whether. Here the base "
-            "reads them too. Marks of history items are in five levels, and beside rates of likes stand mean grades.",
+            "reads them too: the marks of history items are ratings, and mean ratings stand beside the rates of likes.",
             (Cell("graded", "5 events", of(*GRADED), FIVE_EVENTS | {"ctr.inputs": "graded"}, 5.0, SETTINGS),),
         ),
         Part("table1", "Table 1: the data", "statistics", "Counts after cleaning, beside the paper's."),

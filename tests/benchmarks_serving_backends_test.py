@@ -16,7 +16,7 @@ VARIANTS = {
     "dice": {"apart": True, "activation": "dice", "attention": (16, 8)},
     "sum": {"softmax": False, "apart": True},
     "drop_target": {"drop_target": True},
-    "drop_target_apart": {"drop_target": True, "apart": True, "feedback": True, "n_users": 0},
+    "drop_target_apart": {"drop_target": True, "apart": True, "levels": 2, "n_users": 0},
 }
 
 
@@ -63,7 +63,12 @@ def rows_of(bundle):
             target_C = rng.integers(0, n_items, count).astype(np.int32)
             if lent:
                 target_C[0] = drawn.item_S[-1]
-            rows.append(scoring.Row(scoring.Profile(int(rng.integers(-1, 9)), item_L, mark_L, drawn), target_C))
+            rows.append(
+                scoring.Row(
+                    scoring.Profile(int(rng.integers(-1, 9)), item_L, mark_L, scoring.not_graded(item_L), drawn),
+                    target_C,
+                )
+            )
     lengths = {len(scoring.history(bundle, row)[0]) for row in rows}
     assert {0, cap} <= lengths
     return rows
@@ -100,7 +105,7 @@ def test_onnx_scores_as_marsjax_does(bundle, name, tmp_path):
 def test_time_safe_blanks_are_left_out(bundle):
     item_S = np.array([3, 4, 5], np.int32)
     lent = Lent(item_S, np.array([10, 90, 20]), np.zeros(3, np.int32), np.zeros(3, np.float32), np.full(3, 2, np.int8))
-    profile = scoring.Profile(0, np.array([6], np.int32), np.array([1], np.int8), lent)
+    profile = scoring.Profile(0, np.array([6], np.int32), np.array([1], np.int8), np.ones(1, np.float32), lent)
     safe = bundle._replace(manifest=bundle.manifest | {"lends": bundle.manifest["lends"] | {"time_safe": True}})
     found = backends.inputs_of(safe, scoring.Row(profile, np.array([1, 2], np.int32), time=50))
     assert found.item_L.tolist() == [3, 5, 6]

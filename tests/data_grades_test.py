@@ -8,9 +8,17 @@ from marsjax.augmentation.donors import find_donors
 from marsjax.augmentation.methods import METHODS
 from marsjax.augmentation.posterior import Settings, expect, learn_opinions
 from marsjax.cells import plan_cell
+from marsjax.data import batches
 from marsjax.data.cleaning import build_dataset
-from marsjax.data.grades import graded_log, graded_rows, grades_fingerprint, rank_grades
-from marsjax.data.histories import GRADES, feedback
+from marsjax.data.grades import (
+    LEVELS,
+    grade_marks,
+    graded_log,
+    graded_rows,
+    grades_fingerprint,
+    middle_grades,
+    rank_grades,
+)
 from marsjax.data.permutation import permute_labels
 from marsjax.data.sampling import sample_users
 from marsjax.data.splits import make_rows
@@ -93,9 +101,12 @@ def test_histories_hold_the_grades_of_their_entries():
         np.testing.assert_array_equal(histories.item_H, log.item_E[kept_E])
 
 
-def test_marks_are_from_one_to_the_number_of_levels():
-    np.testing.assert_array_equal(feedback(np.array([0.0, 1.0], np.float32)), [1, 2])
-    np.testing.assert_array_equal(feedback(np.array([0, 0.19, 0.2, 0.5, 0.81, 1], np.float32), 5), [1, 1, 2, 3, 5, 5])
+def test_each_of_a_few_grades_has_its_mark_and_of_many_each_fifth():
+    stars_E = np.repeat([1.0, 2, 3, 4, 5], [1, 1, 3, 4, 2])
+    log = planted().log._replace(grade_E=rank_grades(stars_E))
+    np.testing.assert_array_equal(grade_marks(log, log.grade_E), stars_E)
+    log = log._replace(grade_E=rank_grades(np.arange(100.0)))
+    np.testing.assert_array_equal(np.bincount(grade_marks(log, log.grade_E)), [0, 20, 20, 20, 20, 20])
 
 
 def expectations(log, rows):
@@ -170,9 +181,10 @@ def test_inputs_by_grade_have_marks_in_levels_and_mean_grades():
     config = small_config(**{"ctr.inputs": "graded", "split.history": "all"})
     loaded = pipeline.load(config)
     log, rows, inputs = loaded.dataset.log, loaded.rows, loaded.inputs
-    assert set(np.unique(inputs.mark_H)) == set(range(1, 1 + GRADES))
+    assert set(np.unique(inputs.mark_H)) == set(range(1, 1 + LEVELS))
     strong = pipeline.load(small_config(**{"ctr.inputs": "strong", "split.history": "all"})).inputs
     assert set(np.unique(strong.mark_H)) == {1, 2}
+    assert inputs.dense_EJ.shape[1] == 9
     np.testing.assert_array_equal(inputs.dense_EJ[:, :6], strong.dense_EJ)
     # The user's mean grade, shrunk to that of all; both by hand.
     overall, event = log.grade_E[rows.split_E == 0].mean(), 200
@@ -192,11 +204,52 @@ def test_a_log_of_labels_alone_is_refused(changes):
         pipeline.load(small_config(**changes), labels)
 
 
-def test_a_model_that_reads_grades_is_not_exported(tmp_path):
+def test_a_model_whose_inputs_are_grades_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match=r"expected ctr.inputs=ids or strong, found graded"):
         commands.export(small_config(**{"ctr.inputs": "graded"}), tmp_path)
-    with pytest.raises(ValueError, match=r"export.method: expected one of"):
-        commands.export(small_config(**{"export.method": GRADED[0], "evaluation.methods": GRADED[0]}), tmp_path)
+
+
+def test_methods_that_ask_for_grades_by_name_are_refused_and_else_left_out(tmp_path, monkeypatch, caplog):
+    dataset = planted()
+    monkeypatch.setattr(pipeline, "read", lambda *_: dataset._replace(log=dataset.log._replace(grade_E=None)))
+    config = small_config()
+    with pytest.raises(ValueError, match=f"{GRADED[0]}: expected a log with grades"):
+        commands.reproduce(config, tmp_path, methods=f"base,{GRADED[0]}", parts="table1")
+    with caplog.at_level("INFO"):
+        commands.reproduce(config, tmp_path, parts="table1")
+    assert f"left out: {', '.join(GRADED)}" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["base", "mars", "ran_budget", "cmr"])
+def test_models_that_read_grades_train_and_see_the_mean_grade_of_what_is_lent(tmp_path, method, monkeypatch):
+    seen = []
+    batch_of = batches.ctr_batch
+
+    def watched(*args, **keys):
+        seen.append(batch_of(*args, **keys))
+        return seen[-1]
+
+    monkeypatch.setattr(batches, "ctr_batch", watched)
+    changes = {
+        "ctr.inputs": "graded",
+        "split.history": "all",
+        "evaluation.methods": f"base,{method}",
+        "ctr.epochs": "1",
+    }
+    config = small_config(**changes)
+    context = pipeline.Context(config, pipeline.load(config), pipeline.Stages(tmp_path), seed=0)
+    trained = pipeline.train_stage(context, pipeline.borrow(context), method)
+    assert np.ptp(trained.predictions.score_B) > 0.01
+    seen = [batch for batch in seen if batch.feedback_BL is not None]  # some only count what is lent
+    own = np.concatenate([batch.feedback_BL[(batch.history_BL > 0) & ~batch.borrowed_BL] for batch in seen])
+    lent = np.concatenate([batch.feedback_BL[batch.borrowed_BL] for batch in seen])
+    assert set(np.unique(own)) <= set(range(LEVELS + 1))
+    assert len(np.unique(own[own > 0])) == LEVELS
+    log, rows = context.loaded.dataset.log, context.loaded.rows
+    if method == "mars":
+        middle = grade_marks(log, middle_grades(log, rows))
+        assert set(np.unique(lent)) == set(middle.tolist())
+        assert middle[0] < middle[1]
 
 
 def test_a_cell_is_known_by_the_grades_if_it_reads_them(tmp_path):

@@ -365,11 +365,11 @@ def test_manifest_that_was_changed_is_refused(exported, tmp_path, change):
     if change == "cap":
         manifest["config"]["ctr"]["cap"] = 2
     manifest = {"format": 1} if change == "format" else manifest
-    manifest = {"format": 4} if change == "sum" else manifest
+    manifest = {"format": 5} if change == "sum" else manifest
     if change == "counts":
         del manifest["counts"]
     path.write_text(json.dumps(manifest))
-    expected = "bundle of format 4, found 1" if change == "format" else "content of sha256"
+    expected = "bundle of format 5, found 1" if change == "format" else "content of sha256"
     with pytest.raises(ValueError, match=f"manifest.json: expected a {expected}.*export it again"):
         serving.load_bundle(tmp_path / "bundle")
 
@@ -633,7 +633,7 @@ def test_unknown_history_items_are_counted(exported, caplog):
 def test_bundles_never_change(exported, workdir):
     with pytest.raises(ValueError, match="does not exist yet"):
         commands.export(small_config(), workdir, output=exported)
-    assert serving.load_bundle(exported).manifest["format"] == 4
+    assert serving.load_bundle(exported).manifest["format"] == 5
 
 
 @pytest.mark.parametrize(
@@ -788,8 +788,12 @@ def test_no_key_hides_behind_a_method_of_the_configuration():
 
 
 @pytest.mark.parametrize(
-    ("method", "inputs"), [("mars", "strong"), ("mars_posterior", "ids"), ("mars_short_posterior", "strong")]
-)
+    ("method", "inputs"),
+    [
+        ("mars", "strong"), ("mars_posterior", "ids"), ("mars_short_posterior", "strong"),
+        ("mars_short_graded_posterior", "strong"),
+    ],
+)  # fmt: skip
 def test_bundles_hold_what_strong_models_and_opinions_read(workdir, tmp_path, method, inputs):
     """The test rows with the histories before them score as in the run. All of them are later than what was trained on,
     as a service's requests are."""
@@ -802,8 +806,8 @@ def test_bundles_hold_what_strong_models_and_opinions_read(workdir, tmp_path, me
     asked = []
     for event in np.flatnonzero(rows.split_E == TEST):
         user, own = int(rows.user_E[event]), slice(histories.start_E[event], histories.end_E[event])
-        marks = scoring.marks(histories.label_H[own])
-        profile = scoring.Profile(user, histories.item_H[own], marks, scoring.table_lent(bundle, user))
+        marks, grades = scoring.marks(histories.label_H[own]), histories.grade_H[own]
+        profile = scoring.Profile(user, histories.item_H[own], marks, grades, scoring.table_lent(bundle, user))
         asked.append(scoring.Row(profile, log.item_E[event : event + 1], int(log.time_E[event])))
     found = np.concatenate(scoring.score_rows(bundle, asked))
     np.testing.assert_allclose(found, trained.predictions.score_B, atol=2e-6)

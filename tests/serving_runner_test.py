@@ -70,8 +70,8 @@ def test_histories_begin_with_those_of_the_bundle(storage, model):
     consume(storage, model)
     (data,) = storage.histories([user])
     entries = decode_history(data)
-    item_L, _ = scoring.own_history(bundle, 3)
-    found, mark_L = people.of_entries(bundle, entries)
+    item_L, *_ = scoring.own_history(bundle, 3)
+    found, mark_L, _ = people.of_entries(bundle, entries)
     np.testing.assert_array_equal(found[:-1], item_L)
     assert bundle.items.raw_id_N[found[-1]] == name(model, 1)
     assert mark_L[-1] == 2

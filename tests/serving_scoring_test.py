@@ -195,7 +195,11 @@ def test_own_entries_survive_and_late_loans_are_blanked(bundle):
         np.full(5, 2, np.int8),
     )  # fmt: skip
     own = np.arange(20, 20 + cap - 3, dtype=np.int32)
-    row = scoring.Row(scoring.Profile(0, own, np.ones(len(own), np.int8), lent), np.array([1], np.int32), time=40)
+    row = scoring.Row(
+        scoring.Profile(0, own, np.ones(len(own), np.int8), scoring.not_graded(own), lent),
+        np.array([1], np.int32),
+        time=40,
+    )
     item_L, mark_L, extra = scoring.history(bundle, row)
     assert extra == 3
     assert list(item_L[:3]) == [3, 4, 5]

@@ -275,26 +275,22 @@ METHODS: dict[str, Method] = {
     "mars_vote_time_safe": Method(mars_vote_time_safe, numbers=2, offline=True),
     "mars_vote_and_items": Method(mars_vote_and_items, numbers=2, offline=True),
     "mars_posterior": Method(mars_posterior, numbers=2, posterior=True),
-    "mars_graded_posterior": Method(mars_graded_posterior, numbers=2, posterior=True, graded=True, offline=True),
+    "mars_graded_posterior": Method(mars_graded_posterior, numbers=2, posterior=True, graded=True),
     "mars_train_only": Method(mars_train_only, offline=True),
     "mars_test_only": Method(mars_test_only, offline=True),
     "hidden_ids": Method(hidden_ids, borrows=False),
     "short_histories": Method(short_histories),
     "mars_short_vote": Method(mars_short_vote, numbers=2, offline=True),
     "mars_short_posterior": Method(mars_short_posterior, numbers=2, posterior=True),
-    "mars_short_graded_posterior": Method(
-        mars_short_graded_posterior, numbers=2, posterior=True, graded=True, offline=True
-    ),
+    "mars_short_graded_posterior": Method(mars_short_graded_posterior, numbers=2, posterior=True, graded=True),
     "mars_short_posterior_and_items": Method(mars_short_posterior_and_items, numbers=2, posterior=True, offline=True),
     "everybody_votes": Method(everybody_votes, numbers=2, offline=True),
     "collaborative_vote": Method(collaborative_vote, numbers=2, offline=True),
     "collaborative_posterior": Method(collaborative_posterior, numbers=2, posterior=True),
-    "collaborative_graded_posterior": Method(
-        collaborative_graded_posterior, numbers=2, posterior=True, graded=True, offline=True
-    ),
+    "collaborative_graded_posterior": Method(collaborative_graded_posterior, numbers=2, posterior=True, graded=True),
     "collaborative_short_posterior": Method(collaborative_short_posterior, numbers=2, posterior=True),
     "collaborative_short_graded_posterior": Method(
-        collaborative_short_graded_posterior, numbers=2, posterior=True, graded=True, offline=True
+        collaborative_short_graded_posterior, numbers=2, posterior=True, graded=True
     ),
     "tfidf_donor": Method(tfidf_donor),
     "collaborative_donor": Method(collaborative_donor),

@@ -46,7 +46,7 @@ class Opinions(NamedTuple):
 
     usual_FN: np.ndarray  # [F, N] float32, rate of likes
     loading_FNK: np.ndarray  # [F, N, K] float32; the covariance of opinions on items i and j is loading_i . loading_j
-    # [F] float32, how the variance of an opinion is to that of a label of the same rate; None: they are labels
+    # [F] float32, variance of opinions over that of labels of the same rates; None: they are labels
     scale_F: np.ndarray | None = None
 
 
@@ -245,10 +245,12 @@ def _expect(
 
 
 @jax.jit
-def expect_for_one(item_L: Array, label_L: Array, target_C: Array, usual_N: Array, loading_NK: Array) -> jax.Array:
+def expect_for_one(
+    item_L: Array, label_L: Array, target_C: Array, usual_N: Array, loading_NK: Array, scale_1: Array
+) -> jax.Array:
     """`expect` for many targets of one user, [C, 2]: history items, 0 is padding, their labels, and the opinions of the
     user's fold. The history is summed once."""
-    known_1KK, opinion_1K = _summed(item_L[None], label_L[None], usual_N, loading_NK, jnp.ones(1))
+    known_1KK, opinion_1K = _summed(item_L[None], label_L[None], usual_N, loading_NK, scale_1)
     n, k = target_C.shape[0], loading_NK.shape[1]
     known_CKK, opinion_CK = jnp.broadcast_to(known_1KK, (n, k, k)), jnp.broadcast_to(opinion_1K, (n, k))
     return _answered(known_CKK, opinion_CK, loading_NK[target_C])

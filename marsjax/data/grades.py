@@ -1,7 +1,9 @@
 """Grades: feedback as fine as the source has it, such as stars or seconds, where the label is a threshold of it.
 
-A rank, since values may be stars, seconds or money, and a few of them huge. What reads grades says so in its
-fingerprint (`grades_fingerprint`); the data's own leaves them out, so that nothing else is done again for them.
+A rank, since values may be stars, seconds or money, and a few of them huge. It is the rank among all events of the
+source, those of test and of users outside of a sample too: what one unit of feedback means is taken to be known. What
+reads grades says so in its fingerprint (`grades_fingerprint`); the data's own leaves them out, so that nothing else is
+done again for them.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from __future__ import annotations
 import numpy as np
 
 from marsjax.files import digest_arrays
-from marsjax.records import Log, Rows
+from marsjax.records import TRAIN, Log, Rows
+
+LEVELS = 5  # marks of history items by grade
 
 
 def rank_grades(value_R: np.ndarray) -> np.ndarray | None:
-    """The share of values that are smaller, and half of those that are equal, [R] float32; None where values are two
-    at most, which say no more than a label."""
+    """The share of values that are smaller, and half of those that are equal, [R] float32; None where there are at most
+    two distinct values, which say no more than a label."""
     _, at_R, count_X = np.unique(value_R, return_inverse=True, return_counts=True)
     if len(count_X) <= 2:
         return None
@@ -30,6 +34,14 @@ def check_grades(log: Log, reader: str) -> None:
         )
 
 
+def grade_marks(log: Log, grade_X: np.ndarray) -> np.ndarray:
+    """The mark of a history item by its grade, [X] int8, 1 to `LEVELS`: a mark for each grade that the log knows, or,
+    where it knows more than `LEVELS`, for each fifth of them."""
+    distinct = np.unique(graded_log(log).label_E)
+    border = distinct[1:] if len(distinct) <= LEVELS else np.arange(1, LEVELS, dtype=np.float32) / LEVELS
+    return 1 + np.searchsorted(border, grade_X, side="right").astype(np.int8)
+
+
 def graded_log(log: Log) -> Log:
     """The log with grades in the place of labels; of labels alone as it is (`check_grades` refuses these)."""
     return log if log.grade_E is None else log._replace(label_E=log.grade_E)
@@ -41,6 +53,13 @@ def graded_rows(rows: Rows) -> Rows:
     if histories.grade_H is None:
         return rows
     return rows._replace(histories=histories._replace(label_H=histories.grade_H))
+
+
+def middle_grades(log: Log, rows: Rows) -> np.ndarray:
+    """The mean grade of the training events that were not liked, and of those that were, [2] float32."""
+    is_train_E = rows.split_E == TRAIN
+    grade_R, liked_R = graded_log(log).label_E[is_train_E], log.label_E[is_train_E] > 0
+    return np.array([grade_R[liked_R == liked].mean() for liked in (False, True)], np.float32)
 
 
 def grades_fingerprint(log: Log) -> str:

@@ -8,12 +8,10 @@ import numpy as np
 
 from marsjax.records import LOW, TRAIN, Histories, Rows
 
-GRADES = 5  # marks of grades
 
-
-def feedback(value_X: np.ndarray, levels: int = 2) -> np.ndarray:
-    """The mark of a history item [X] int8, from 1 for a value of 0 to `levels` for one of 1: 2 liked, 1 not liked."""
-    return np.int8(1) + np.minimum(value_X * levels, levels - 1).astype(np.int8)
+def feedback(label_X: np.ndarray) -> np.ndarray:
+    """The mark of a history item [X] int8: 2 liked, 1 not liked."""
+    return 1 + (label_X > 0).astype(np.int8)
 
 
 def length_bounds(buckets: Iterable[int], cap: int) -> tuple[int, ...]:

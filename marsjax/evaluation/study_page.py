@@ -137,11 +137,11 @@ def by_length(result: Results) -> list[Plot]:
         for row in result["by_length"]
         if row["method"] not in ("base", "best_possible", "full_history")
     ]
-    shown = [
-        line
-        for line in series
-        if line.name in ("mars", "mars_posterior", "mars_short_posterior", "random_donor", "short_histories")
-    ]
+    followed = (
+        "mars", "mars_posterior", "mars_graded_posterior", "mars_short_posterior", "mars_short_graded_posterior",
+        "random_donor", "short_histories",
+    )  # fmt: skip
+    shown = [line for line in series if line.name in followed]
     caption = "Gain in AUC over the base by the user's own history (tenths of the test rows)"
     if not shown:
         return []

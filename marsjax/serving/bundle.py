@@ -37,7 +37,7 @@ from marsjax.training import checkpoint
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "usearch")
 MANIFEST = "manifest.json"
 SCORING, READ_BY_SCORING = "scoring.stablehlo", "scoring.npz"
@@ -54,6 +54,7 @@ class Users(NamedTuple):
     item_H: np.ndarray  # [H] int32, the latest histories
     time_H: np.ndarray  # [H] int64
     label_H: np.ndarray  # [H] float32
+    grade_H: np.ndarray  # [H] float32, or [0] where the model reads none
     borrowed_U1: np.ndarray  # [U + 1] int64 into borrowed_item_S
     borrowed_item_S: np.ndarray  # [S] int32
     borrowed_time_S: np.ndarray  # [S] int64
@@ -95,8 +96,11 @@ class Encoder(NamedTuple):
     tables: alignment.FeatureTables
 
 
-def latest_users(log: Log, rows: Rows, augmentation: Augmentation | None, user_UD: np.ndarray) -> Users:
-    """Users with their latest histories, and what they borrow through their whole training history."""
+def latest_users(
+    log: Log, rows: Rows, augmentation: Augmentation | None, user_UD: np.ndarray, *, graded: bool = False
+) -> Users:
+    """Users with their latest histories (and grades, where `graded`), and what they borrow through their whole training
+    history."""
     n_users = len(rows.group_U)
     count_U, slot_S = np.zeros(n_users, np.int64), np.zeros(0, np.int64)
     if augmentation is not None and len(augmentation.queries.user_Q):
@@ -120,6 +124,7 @@ def latest_users(log: Log, rows: Rows, augmentation: Augmentation | None, user_U
         item_H=rows.histories.item_H,
         time_H=rows.histories.time_H,
         label_H=rows.histories.label_H,
+        grade_H=rows.histories.grade_H if graded and rows.histories.grade_H is not None else np.zeros(0, np.float32),
         borrowed_U1=np.concatenate([[0], np.cumsum(count_U)]),
         borrowed_item_S=of_lent("item_S", np.int32),
         borrowed_time_S=of_lent("time_S", np.int64),

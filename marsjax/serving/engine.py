@@ -216,7 +216,16 @@ def warm_up(snapshot: Snapshot) -> None:
     for size in scoring.SIZES:
         target_C, nothing_L = np.zeros(size, np.int32), np.zeros(0, np.int32)
         cap = int(config["retrieval"]["history"])
-        numbers(bundle.known, -1, nothing_L, nothing_L.astype(np.int8), target_C, cap=cap, size=size)
+        numbers(
+            bundle.known,
+            -1,
+            nothing_L,
+            nothing_L.astype(np.int8),
+            nothing_L.astype(np.float32),
+            target_C,
+            cap=cap,
+            size=size,
+        )
     for length in scoring.lengths(bundle):
         for rows, targets in (*((size, size) for size in scoring.SIZES), (1, objective.CANDIDATES)):
             user_B, target_B = np.zeros(rows, np.int32), np.zeros(targets, np.int32)

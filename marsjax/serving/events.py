@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_ID = 128  # characters of an id
 LARGEST = 2**53  # of a time: beyond, JSON numbers are not exact everywhere
-FIELDS = ("id", "user", "item", "label", "time")
+FIELDS = ("id", "user", "item", "label", "time")  # and "grade", which may lack
 
 
 class Event(NamedTuple):
@@ -23,6 +23,7 @@ class Event(NamedTuple):
     item: str
     label: float  # 0 or 1
     time: int  # in the units of the log that the model was trained on
+    grade: float | None = None  # 0 to 1, how much (`data.grades`), for models that read it
 
 
 class Entry(NamedTuple):
@@ -32,11 +33,13 @@ class Entry(NamedTuple):
     id: str  # "" where the entry comes from a bundle
     item: str
     label: float
+    grade: float | None = None
 
 
 def encode_event(event: Event) -> bytes:
-    """The event as JSON."""
-    return json.dumps(event._asdict(), separators=(",", ":")).encode()
+    """The event as JSON; a grade that lacks is left out."""
+    value = event._asdict() if event.grade is not None else {name: getattr(event, name) for name in FIELDS}
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def decode_event(data: bytes) -> Event:
@@ -50,8 +53,8 @@ def decode_event(data: bytes) -> Event:
         raise ValueError(f"expected an event as JSON, found {data[:60]!r} ({type(error).__name__})") from error
     if not isinstance(value, dict):
         raise ValueError(f"expected an object with {', '.join(FIELDS)}, found {type(value).__name__}")
-    if set(value) != set(FIELDS):
-        different = sorted(map(str, set(FIELDS) ^ set(value)))
+    if set(value) - {"grade"} != set(FIELDS):
+        different = sorted(map(str, set(FIELDS) ^ (set(value) - {"grade"})))
         raise ValueError(f"expected exactly {', '.join(FIELDS)}, found a difference in {', '.join(different[:3])}")
     for name in ("id", "user", "item"):
         check_id(name, value[name])
@@ -60,7 +63,15 @@ def decode_event(data: bytes) -> Event:
         raise ValueError(f"label: expected 0 or 1, found {str(label)[:60]!r}")
     if isinstance(time, bool) or not isinstance(time, int) or not -LARGEST <= time <= LARGEST:
         raise ValueError(f"time: expected a whole number of at most 2^53, found {str(time)[:60]!r}")
-    return Event(value["id"], value["user"], value["item"], float(label), time)
+    return Event(value["id"], value["user"], value["item"], float(label), time, _grade(value.get("grade")))
+
+
+def _grade(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"grade: expected a number from 0 to 1, found {str(value)[:60]!r}")
+    return float(value)
 
 
 def check_id(name: str, value: Any) -> None:
@@ -90,19 +101,23 @@ def merge(entries: Iterable[Entry], more: Iterable[Entry], *, cap: int) -> tuple
 
 
 def encode_history(entries: Sequence[Entry]) -> bytes:
-    """A history as JSON, one list an entry."""
-    return json.dumps(entries, separators=(",", ":")).encode()
+    """A history as JSON, one list an entry; a grade that lacks is left out."""
+    return json.dumps([entry[: 4 + (entry.grade is not None)] for entry in entries], separators=(",", ":")).encode()
 
 
 def decode_history(data: bytes) -> tuple[Entry, ...]:
     """What `encode_history` wrote. Raises ValueError where it is damaged."""
     try:
-        entries = tuple(Entry(int(t), str(name), str(item), float(label)) for t, name, item, label in json.loads(data))
+        entries = tuple(_entry(*values) for values in json.loads(data))
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"expected a history, found {data[:60]!r} ({type(error).__name__})") from error
     if not all(math.isfinite(entry.label) for entry in entries):
         raise ValueError("expected labels of a history that are finite, found others")
     return entries
+
+
+def _entry(time: Any, name: Any, item: Any, label: Any, grade: Any = None) -> Entry:
+    return Entry(int(time), str(name), str(item), float(label), _grade(grade))
 
 
 def read_history(data: bytes | None, user: str) -> tuple[Entry, ...] | None:

@@ -12,6 +12,8 @@ from marsjax.augmentation import posterior
 from marsjax.data.priors import ItemCounts, rate_and_count
 from marsjax.records import Array
 
+ONE = np.ones(1, np.float32)  # the scale of labels
+
 
 class Knowledge(NamedTuple):
     """What a bundle holds of it, knowledge.npz. Arrays of a part that the model does not read are empty."""
@@ -22,6 +24,8 @@ class Knowledge(NamedTuple):
     fold_U: np.ndarray  # [U] int64, the fold of each user
     usual_FN: Array  # [F, N] float32, `posterior.Opinions`
     loading_FNK: Array  # [F, N, K] float32
+    scale_F: Array  # [F] float32; [0] where opinions are labels, and no grades
+    middle_2: np.ndarray  # [2] float32, the mean grade of what was not liked and of what was, for events without one
 
     @property
     def has_priors(self) -> bool:
@@ -34,8 +38,11 @@ class Knowledge(NamedTuple):
         return bool(self.loading_FNK.size)
 
 
-def make_knowledge(counted: ItemCounts | None, opinions: posterior.Opinions | None) -> Knowledge:
+def make_knowledge(
+    counted: ItemCounts | None, opinions: posterior.Opinions | None, middle_2: np.ndarray | None = None
+) -> Knowledge:
     """Knowledge of what is given."""
+    scale_F = None if opinions is None else opinions.scale_F
     return Knowledge(
         overall=np.array(0.0 if counted is None else counted.overall),
         total_2N=np.zeros((2, 0)) if counted is None else counted.total_2N,
@@ -43,6 +50,8 @@ def make_knowledge(counted: ItemCounts | None, opinions: posterior.Opinions | No
         fold_U=np.zeros(0, np.int64) if counted is None else counted.fold_U,
         usual_FN=np.zeros((0, 0), np.float32) if opinions is None else opinions.usual_FN,
         loading_FNK=np.zeros((0, 0, 0), np.float32) if opinions is None else opinions.loading_FNK,
+        scale_F=np.zeros(0, np.float32) if scale_F is None else scale_F,
+        middle_2=np.zeros(2, np.float32) if middle_2 is None else middle_2,
     )
 
 
@@ -57,7 +66,15 @@ def on_device(known: Knowledge) -> Knowledge:
 
 
 def numbers(
-    known: Knowledge, user: int, item_L: np.ndarray, mark_L: np.ndarray, target_C: np.ndarray, *, cap: int, size: int
+    known: Knowledge,
+    user: int,
+    item_L: np.ndarray,
+    mark_L: np.ndarray,
+    grade_L: np.ndarray,
+    target_C: np.ndarray,
+    *,
+    cap: int,
+    size: int,
 ) -> np.ndarray | None:
     """The numbers of a user's candidates, [C, J] float32; None where the model reads none.
 
@@ -67,7 +84,7 @@ def numbers(
     """
     if not dense_width(known):
         return None
-    item_L, mark_L = item_L[mark_L > 0], mark_L[mark_L > 0]
+    item_L, mark_L, grade_L = item_L[mark_L > 0], mark_L[mark_L > 0], grade_L[mark_L > 0]
     parts = []
     if known.has_priors:
         fold = int(known.fold_U[user]) if user >= 0 else 0
@@ -81,17 +98,29 @@ def numbers(
             column for count_C, likes_C in pairs for column in rate_and_count(count_C, likes_C, float(known.overall))
         ]
     if known.has_opinions:
-        bound, item_L, mark_L = _bound(cap), item_L[-cap:], mark_L[-cap:]
-        padded_L, label_L = np.zeros(bound, np.int32), np.zeros(bound, np.float32)
-        padded_L[: len(item_L)], label_L[: len(item_L)] = item_L, mark_L == 2
+        bound, item_L = _bound(cap), item_L[-cap:]
+        padded_L, value_L = np.zeros(bound, np.int32), np.zeros(bound, np.float32)
+        padded_L[: len(item_L)], value_L[: len(item_L)] = item_L, _values(known, mark_L[-cap:], grade_L[-cap:])
         padded_C = np.zeros(size, np.int32)
         padded_C[: len(target_C)] = target_C
         fold = max(user, 0) % known.usual_FN.shape[0]
         expected_C2 = posterior.expect_for_one(
-            padded_L, label_L, padded_C, known.usual_FN[fold], known.loading_FNK[fold]
+            padded_L,
+            value_L,
+            padded_C,
+            known.usual_FN[fold],
+            known.loading_FNK[fold],
+            known.scale_F[fold : fold + 1] if known.scale_F.size else ONE,
         )
         parts += list(np.asarray(expected_C2)[: len(target_C)].T)
     return np.stack(parts, axis=1).astype(np.float32)
+
+
+def _values(known: Knowledge, mark_L: np.ndarray, grade_L: np.ndarray) -> np.ndarray:
+    """What opinions are made of, [L]: labels, or grades, and where there is none the usual one of the label."""
+    if not known.scale_F.size:
+        return mark_L == 2
+    return np.where(np.isnan(grade_L), known.middle_2[(mark_L == 2).astype(int)], grade_L)
 
 
 def _bound(cap: int) -> int:

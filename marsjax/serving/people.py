@@ -54,16 +54,16 @@ def find_user(
     if history is not None:
         item_L = item_numbers(bundle, history)
         item_L = item_L[item_L > 0]
-        mark_L = np.zeros(len(item_L), np.int8)
+        mark_L, grade_L = np.zeros(len(item_L), np.int8), scoring.not_graded(item_L)
     elif entries is not None:
-        item_L, mark_L = of_entries(bundle, entries)
+        item_L, mark_L, grade_L = of_entries(bundle, entries)
     else:
-        item_L, mark_L = scoring.own_history(bundle, number)
+        item_L, mark_L, grade_L = scoring.own_history(bundle, number)
     vector = _or_none(lambda value: decode_vector(value, width=len(snapshot.lenders.centre_D)), vector_data)
     if vector is not None and vector.version != snapshot.version:
         vector = None
     stale = vector is not None and data is not None and vector.history != digest(data)
-    found = Known(scoring.Profile(number, item_L, mark_L), None, None, not len(item_L), vector, stale)
+    found = Known(scoring.Profile(number, item_L, mark_L, grade_L), None, None, not len(item_L), vector, stale)
     if not borrows(bundle, number, len(item_L)):
         return found
     if stored is None:
@@ -91,14 +91,15 @@ def borrows(bundle: Bundle, number: int, length: int) -> bool:
     return length <= int(bundle.manifest["lends"]["longest"])
 
 
-def of_entries(bundle: Bundle, entries: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray]:
-    """Items that the bundle knows, [L] int32, and what the user thought of them, [L] int8, as histories of the bundle
-    hold them: all entries, or the liked ones."""
+def of_entries(bundle: Bundle, entries: Sequence[Entry]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items that the bundle knows, [L] int32, what the user thought of them, [L] int8, and how much, [L] float32, as
+    histories of the bundle hold them: all entries, or the liked ones."""
     if bundle.manifest["config"]["split"]["history"] == "positives":
         entries = [entry for entry in entries if entry.label > 0]
     item_L = item_numbers(bundle, [entry.item for entry in entries])
     mark_L = scoring.marks(np.array([entry.label for entry in entries], np.float32))
-    return item_L[item_L > 0], mark_L[item_L > 0]
+    grade_L = np.array([entry.grade for entry in entries], np.float32)  # None is NaN
+    return item_L[item_L > 0], mark_L[item_L > 0], grade_L[item_L > 0]
 
 
 def seed_entries(bundle: Bundle, user: str) -> list[Entry]:
@@ -109,9 +110,10 @@ def seed_entries(bundle: Bundle, user: str) -> list[Entry]:
     users = bundle.users
     own = slice(users.start_U1[number], users.start_U1[number + 1])
     names = bundle.items.raw_id_N[users.item_H[own]]
+    grades = users.grade_H[own].tolist() if len(users.grade_H) else [None] * len(names)
     return [
-        Entry(int(time), "", str(item), float(label))
-        for time, item, label in zip(users.time_H[own], names, users.label_H[own], strict=True)
+        Entry(int(time), "", str(item), float(label), grade)
+        for time, item, label, grade in zip(users.time_H[own], names, users.label_H[own], grades, strict=True)
     ]
 
 

@@ -59,7 +59,7 @@ def export_scoring(
         "history": jax.ShapeDtypeStruct((b, length), np.int32),
         "borrowed": jax.ShapeDtypeStruct((b, length), np.bool_),
     }
-    if getattr(model, "feedback", False):
+    if model.levels:
         batch["feedback"] = jax.ShapeDtypeStruct((b, length), np.int8)
     if dense:
         batch["dense"] = jax.ShapeDtypeStruct((b, dense), np.float32)

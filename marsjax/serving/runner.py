@@ -91,7 +91,8 @@ def consume(
         except ValueError as error:
             dead.append(Dead(message.id, message.data, str(error)))
             continue
-        entries.setdefault(event.user, []).append(Entry(event.time, event.id, event.item, event.label))
+        entry = Entry(event.time, event.id, event.item, event.label, event.grade)
+        entries.setdefault(event.user, []).append(entry)
         done.append(message.id)
     if dead:
         log.warning("%d messages became dead letters; the first: %s", len(dead), dead[0].reason)
@@ -116,8 +117,8 @@ def _cap(bundle: Bundle) -> int:
 def as_histories(bundle: Bundle, histories: Sequence[Sequence[Entry]]) -> tuple[Histories, np.ndarray]:
     """Histories of some users in the form that the encoder's functions read, one user each, and where each ends."""
     parts = [people.of_entries(bundle, entries) for entries in histories]
-    start_U1 = np.concatenate([[0], np.cumsum([len(item_L) for item_L, _ in parts])]).astype(np.int64)
-    item_H = np.concatenate([np.zeros(0, np.int32), *(item_L for item_L, _ in parts)]).astype(np.int32)
+    start_U1 = np.concatenate([[0], np.cumsum([len(item_L) for item_L, *_ in parts])]).astype(np.int64)
+    item_H = np.concatenate([np.zeros(0, np.int32), *(item_L for item_L, *_ in parts)]).astype(np.int32)
     zero_H = np.zeros(len(item_H), np.int64)
     end_U = start_U1[1:]
     return Histories(start_U1, item_H, zero_H, zero_H.astype(np.float32), end_U, end_U, start_U1[:-1]), end_U

@@ -41,6 +41,7 @@ class Profile(NamedTuple):
     user: int  # the user's number; -1: not known to the model
     item_L: np.ndarray  # [L] int32, own history in time order, items that the bundle knows
     mark_L: np.ndarray  # [L] int8, what the user thought of them, as in `CtrBatch.feedback_BL`
+    grade_L: np.ndarray  # [L] float32, how much, 0 to 1; NaN where it is not known
     lent: Lent = NOTHING
 
 
@@ -53,11 +54,17 @@ class Row(NamedTuple):
     label_C: np.ndarray | None = None  # [C] float32, where the row is trained on
 
 
-def own_history(bundle: Bundle, user: int) -> tuple[np.ndarray, np.ndarray]:
-    """The history in the bundle of a user, [L] int32 and the marks [L] int8; empty for user -1."""
+def own_history(bundle: Bundle, user: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The history in the bundle of a user, [L] int32, the marks [L] int8 and grades [L] float32; empty for user -1."""
     users = bundle.users
     own = slice(users.start_U1[user], users.start_U1[user + 1]) if user >= 0 else slice(0, 0)
-    return users.item_H[own], marks(users.label_H[own])
+    item_L = users.item_H[own]
+    return item_L, marks(users.label_H[own]), users.grade_H[own] if len(users.grade_H) else not_graded(item_L)
+
+
+def not_graded(item_L: np.ndarray) -> np.ndarray:
+    """The grades [L] float32 of items that have none: NaN."""
+    return np.full(len(item_L), np.nan, np.float32)
 
 
 def table_lent(bundle: Bundle, user: int) -> Lent:
@@ -94,13 +101,14 @@ def score(bundle: Bundle, requests: Sequence[Request]) -> list[np.ndarray]:
             raise ValueError(f"request {number}: expected items that the bundle knows, found {name!r}; drop it")
         (user,) = user_numbers(bundle, [request.user])
         strangers += int(user < 0)
-        item_L, mark_L = own_history(bundle, user)
+        item_L, mark_L, grade_L = own_history(bundle, user)
         if request.history is not None:
             item_L = item_numbers(bundle, request.history)
             unknown += int((item_L == 0).sum())
             item_L = item_L[item_L > 0]
-            mark_L = np.zeros(len(item_L), np.int8)
-        rows.append(Row(Profile(int(user), item_L, mark_L, table_lent(bundle, user)), target_C, request.time))
+            mark_L, grade_L = np.zeros(len(item_L), np.int8), not_graded(item_L)
+        profile = Profile(int(user), item_L, mark_L, grade_L, table_lent(bundle, user))
+        rows.append(Row(profile, target_C, request.time))
     if unknown:
         log.warning("%d history items of the requests are unknown to the bundle and were passed over", unknown)
     if strangers:
@@ -246,7 +254,7 @@ def dense_numbers(bundle: Bundle, rows: Sequence[Row]) -> np.ndarray | None:
         for begin in range(0, len(row.target_C), SIZES[-1]):
             target_C = row.target_C[begin : begin + SIZES[-1]]
             size = SIZES[int(np.searchsorted(SIZES, len(target_C)))]
-            found = numbers(bundle.known, *row.profile[:3], target_C, cap=cap, size=size)
+            found = numbers(bundle.known, *row.profile[:4], target_C, cap=cap, size=size)
             if found is not None:
                 parts.append(found)
     return np.concatenate(parts) if parts else None

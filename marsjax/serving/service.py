@@ -128,6 +128,9 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
         item: Id
         label: int = Field(ge=0, le=1)
         time: int = Field(ge=-LARGEST, le=LARGEST, description="in the units of the training log")
+        grade: float | None = Field(
+            None, ge=0, le=1, description="how much: the share of all feedback that is less; for models of grades"
+        )
 
     class EventsRequest(Body):
         events: Annotated[list[EventBody], Field(min_length=1, max_length=1000)]
@@ -246,7 +249,7 @@ def make_app(settings: Settings, storage: Storage) -> FastAPI:
     )  # fmt: skip
     async def events(request: EventsRequest) -> Response:
         """Adds events to the stream. They are durable when the answer comes; their effects follow within moments."""
-        data = [encode_event(Event(e.id, e.user, e.item, float(e.label), e.time)) for e in request.events]
+        data = [encode_event(Event(e.id, e.user, e.item, float(e.label), e.time, e.grade)) for e in request.events]
         future = state.append(data)
         if future is None:
             state.measures.refused.inc()
@@ -422,7 +425,7 @@ class State:
         stored = await self.lookup(user, snapshot.version) if self.settings.augment or history is None else (None, None)
         known = people.find_user(snapshot, user, stored=stored, history=history, always_live=self.settings.live)
         if not self.settings.augment:
-            known = known._replace(vector_D=None, fallback=None, profile=scoring.Profile(*known.profile[:3]))
+            known = known._replace(vector_D=None, fallback=None, profile=scoring.Profile(*known.profile[:4]))
         target_C = item_numbers(snapshot.bundle, candidates)
         unseen = [int(c) for c in (target_C == 0).nonzero()[0]]
         task = Task(
