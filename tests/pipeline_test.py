@@ -29,7 +29,8 @@ from marsjax.defaults import default_config
 from marsjax.evaluation import metrics
 from marsjax.records import HIGH, LOW, TEST, Borrowed
 from marsjax.serving import bundle as serving
-from marsjax.serving import scoring
+from marsjax.serving import people, scoring
+from marsjax.serving.events import decode_history, encode_history
 from marsjax.stages import Stages
 
 SMALL = {
@@ -787,6 +788,24 @@ def test_no_key_hides_behind_a_method_of_the_configuration():
             assert not [key for key in section if hasattr(ConfigDict, key)]
 
 
+def assert_grades_go_with_a_history(bundle, row):
+    """Through the store, and where an event has none it counts as the mean of its label."""
+    user, own = row.profile.user, scoring.own_history(bundle, row.profile.user)
+    entries = people.seed_entries(bundle, str(bundle.users.raw_user_U[user]))
+    stored = people.of_entries(bundle, decode_history(encode_history(entries)))
+    for found, expected in zip(stored, own, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    without = people.of_entries(bundle, [entry._replace(grade=None) for entry in entries])
+    middle = bundle.known.middle_2[(own[1] == 2).astype(int)]
+    assert 0 < bundle.known.middle_2[0] < bundle.known.middle_2[1] < 1
+    numbers = [
+        scoring.dense_numbers(bundle, [row._replace(profile=scoring.Profile(user, *known))])
+        for known in (own, without, (*own[:2], middle))
+    ]
+    np.testing.assert_array_equal(numbers[1], numbers[2])
+    assert np.abs(numbers[0] - numbers[1]).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("method", "inputs"),
     [
@@ -812,6 +831,8 @@ def test_bundles_hold_what_strong_models_and_opinions_read(workdir, tmp_path, me
     found = np.concatenate(scoring.score_rows(bundle, asked))
     np.testing.assert_allclose(found, trained.predictions.score_B, atol=2e-6)
     assert np.ptp(found) > 0.01
+    if METHODS[method].graded:
+        assert_grades_go_with_a_history(bundle, asked[0])
     many = asked[0]._replace(target_C=np.arange(1, 40, dtype=np.int32))
     (together,) = scoring.score_rows(bundle, [many])
     alone = np.concatenate(

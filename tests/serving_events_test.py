@@ -18,7 +18,8 @@ from marsjax.serving.events import (
 )
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=20)
-EVENTS = st.builds(Event, TEXT, TEXT, TEXT, st.sampled_from([0.0, 1.0]), st.integers(-(2**53), 2**53))
+GRADES = st.none() | st.floats(0, 1)
+EVENTS = st.builds(Event, TEXT, TEXT, TEXT, st.sampled_from([0.0, 1.0]), st.integers(-(2**53), 2**53), GRADES)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -47,7 +48,7 @@ def test_any_bytes_are_an_event_or_a_value_error(data):
 
 
 @settings(max_examples=300)
-@given(EVENTS, st.sampled_from(["id", "user", "item", "label", "time", "more"]), JSON)
+@given(EVENTS, st.sampled_from(["id", "user", "item", "label", "time", "grade", "more"]), JSON)
 def test_an_event_with_one_wrong_field_is_an_event_or_a_value_error(event, field, value):
     found, said = attempt(decode_event, json.dumps(event._asdict() | {field: value}).encode())
     if found is None:
@@ -55,6 +56,7 @@ def test_an_event_with_one_wrong_field_is_an_event_or_a_value_error(event, field
     else:
         assert decode_event(encode_event(found)) == found
         assert found.label in (0.0, 1.0)
+        assert found.grade is None or 0 <= found.grade <= 1
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,9 @@ def test_known_traps_are_value_errors(data):
 
 
 ENTRIES = st.lists(
-    st.builds(Entry, st.integers(0, 20), TEXT, TEXT, st.sampled_from([0.0, 1.0])), max_size=30, unique_by=lambda e: e.id
+    st.builds(Entry, st.integers(0, 20), TEXT, TEXT, st.sampled_from([0.0, 1.0]), GRADES),
+    max_size=30,
+    unique_by=lambda e: e.id,
 )
 
 
@@ -92,6 +96,17 @@ def test_entries_of_a_bundle_stay_beside_events():
     assert [entry.item for entry in found] == ["a", "b", "c"]
     assert merge(found, [Entry(2, "e", "c", 1.0)], cap=10) == found
     assert decode_history(encode_history(found)) == found
+
+
+@given(ENTRIES)
+def test_a_history_comes_back_as_it_was(entries):
+    assert decode_history(encode_history(entries)) == tuple(entries)
+
+
+def test_a_grade_that_lacks_is_not_written():
+    """So histories and events of before there were grades are read, and have the digests that they had."""
+    assert encode_history([Entry(1, "e", "i", 1.0)]) == b'[[1,"e","i",1.0]]'
+    assert encode_event(Event("e", "u", "i", 1.0, 1)) == b'{"id":"e","user":"u","item":"i","label":1.0,"time":1}'
 
 
 @given(JSON)

@@ -65,13 +65,18 @@ def test_histories_begin_with_those_of_the_bundle(storage, model):
     user = str(bundle.users.raw_user_U[3])
     send(
         storage,
-        [Event("n1", user, "an item of the future", 1.0, 10**6), Event("n2", user, name(model, 1), 1.0, 10**6 + 1)],
+        [
+            Event("n1", user, "an item of the future", 1.0, 10**6),
+            Event("n2", user, name(model, 1), 1.0, 10**6 + 1, 0.75),
+        ],
     )
     consume(storage, model)
     (data,) = storage.histories([user])
     entries = decode_history(data)
     item_L, *_ = scoring.own_history(bundle, 3)
-    found, mark_L, _ = people.of_entries(bundle, entries)
+    found, mark_L, grade_L = people.of_entries(bundle, entries)
+    assert np.isnan(grade_L[:-1]).all()  # the model reads none, so its bundle has none
+    assert grade_L[-1] == 0.75
     np.testing.assert_array_equal(found[:-1], item_L)
     assert bundle.items.raw_id_N[found[-1]] == name(model, 1)
     assert mark_L[-1] == 2
