@@ -44,6 +44,12 @@ def test_the_pages_quote_what_was_gained(page, method, group, metric):
     assert f"[{row['low']:+.4f}, {row['high']:+.4f}]" in text
 
 
+def test_the_page_of_findings_quotes_what_lending_costs():
+    row = difference("study/cells/figure4_filter_strong", "mars", "low")
+    text = (ROOT / "docs" / "what_works.md").read_text()
+    assert f"{row['difference']:+.4f} AUC [{row['low']:+.4f}, {row['high']:+.4f}]" in text
+
+
 @pytest.mark.parametrize(
     "name", ["serving_faults", "serving_faults_redis", "serving_swaps", "serving_soak", "serving_soak_redis"]
 )
