@@ -44,6 +44,14 @@ def test_the_pages_quote_what_was_gained(page, method, group, metric):
     assert f"[{row['low']:+.4f}, {row['high']:+.4f}]" in text
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/what_works.md"])
+@pytest.mark.parametrize(("group", "metric"), [("low", "auc"), ("low", "gauc"), ("all", "auc")])
+def test_the_pages_quote_what_was_gained_over_a_base_that_reads_grades(page, group, metric):
+    row = difference("study/cells/graded", "mars_short_graded_posterior", group, metric)
+    text = " ".join((ROOT / page).read_text().split())
+    assert f"{row['difference']:.4f} {metric.upper()} [{row['low']:+.4f}, {row['high']:+.4f}]" in text
+
+
 def test_the_page_of_findings_quotes_what_lending_costs():
     row = difference("study/cells/figure4_filter_strong", "mars", "low")
     text = (ROOT / "docs" / "what_works.md").read_text()
