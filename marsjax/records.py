@@ -25,6 +25,7 @@ Array = Any  # NumPy on the host, jax.Array inside a compiled function
 TRAIN, VALID, TEST = 0, 1, 2  # values of Rows.split_E
 LOW, MIDDLE, HIGH, NEW = 0, 1, 2, 3  # values of activity groups; NEW users have no training events
 GROUP_NAMES = ("low", "middle", "high", "new")
+GRADE_MARKS = 5  # marks of history items by grade, where a model reads these
 
 
 class Problem(NamedTuple):

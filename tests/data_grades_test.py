@@ -11,7 +11,6 @@ from marsjax.cells import plan_cell
 from marsjax.data import batches
 from marsjax.data.cleaning import build_dataset
 from marsjax.data.grades import (
-    LEVELS,
     grade_marks,
     graded_log,
     graded_rows,
@@ -23,7 +22,7 @@ from marsjax.data.permutation import permute_labels
 from marsjax.data.sampling import sample_users
 from marsjax.data.splits import make_rows
 from marsjax.data.synthetic import make_synthetic
-from marsjax.records import TEST, Log
+from marsjax.records import GRADE_MARKS, TEST, Log
 from marsjax.study import Cell
 from tests.pipeline_test import small_config
 
@@ -181,7 +180,7 @@ def test_inputs_by_grade_have_marks_in_levels_and_mean_grades():
     config = small_config(**{"ctr.inputs": "graded", "split.history": "all"})
     loaded = pipeline.load(config)
     log, rows, inputs = loaded.dataset.log, loaded.rows, loaded.inputs
-    assert set(np.unique(inputs.mark_H)) == set(range(1, 1 + LEVELS))
+    assert set(np.unique(inputs.mark_H)) == set(range(1, 1 + GRADE_MARKS))
     strong = pipeline.load(small_config(**{"ctr.inputs": "strong", "split.history": "all"})).inputs
     assert set(np.unique(strong.mark_H)) == {1, 2}
     assert inputs.dense_EJ.shape[1] == 9
@@ -243,8 +242,8 @@ def test_models_that_read_grades_train_and_see_the_mean_grade_of_what_is_lent(tm
     seen = [batch for batch in seen if batch.feedback_BL is not None]  # some only count what is lent
     own = np.concatenate([batch.feedback_BL[(batch.history_BL > 0) & ~batch.borrowed_BL] for batch in seen])
     lent = np.concatenate([batch.feedback_BL[batch.borrowed_BL] for batch in seen])
-    assert set(np.unique(own)) <= set(range(LEVELS + 1))
-    assert len(np.unique(own[own > 0])) == LEVELS
+    assert set(np.unique(own)) <= set(range(GRADE_MARKS + 1))
+    assert len(np.unique(own[own > 0])) == GRADE_MARKS
     log, rows = context.loaded.dataset.log, context.loaded.rows
     if method == "mars":
         middle = grade_marks(log, middle_grades(log, rows))

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "alignment": {"alignment_losses", "training.optimizer", "training.sharding", "training.step"},
     "embeddings": {"alignment", "data.histories", "progress"},  # embeds with the encoder of the alignment
     "retrieval": set(),
-    "augmentation": {"data.histories", "progress"},
+    "augmentation": {"data.grades", "data.histories", "progress"},
     "ctr": {"training.optimizer", "training.sharding", "training.step"},
     "evaluation": {"features.images"},  # pages show what encoders see
     # Answers requests with what trained the model: it comes after all of these.

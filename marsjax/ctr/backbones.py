@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from marsjax.ctr.din import Din
 from marsjax.ctr.dnn import Dnn
-from marsjax.data import grades
+from marsjax.records import GRADE_MARKS
 
 
 def make_backbone(
@@ -47,5 +47,5 @@ def _dnn(settings: Mapping[str, Any], shared: dict[str, Any]) -> nn.Module:
 BACKBONES = {"din": _din, "dnn": _dnn}
 DTYPES = ("float32", "bfloat16")
 # Marks of history items: of ids and categories; of content, feedback and priors too; of feedback and priors by grade.
-LEVELS = {"ids": 0, "strong": 2, "graded": grades.LEVELS}
+LEVELS = {"ids": 0, "strong": 2, "graded": GRADE_MARKS}
 INPUTS = tuple(LEVELS)

@@ -11,9 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from marsjax.files import digest_arrays
-from marsjax.records import TRAIN, Log, Rows
-
-LEVELS = 5  # marks of history items by grade
+from marsjax.records import GRADE_MARKS, TRAIN, Log, Rows
 
 
 def rank_grades(value_R: np.ndarray) -> np.ndarray | None:
@@ -35,10 +33,10 @@ def check_grades(log: Log, reader: str) -> None:
 
 
 def grade_marks(log: Log, grade_X: np.ndarray) -> np.ndarray:
-    """The mark of a history item by its grade, [X] int8, 1 to `LEVELS`: a mark for each grade that the log knows, or,
-    where it knows more than `LEVELS`, for each fifth of them."""
+    """The mark of a history item by its grade, [X] int8, from 1 on: each grade that the log knows has one, or, where it
+    knows more than `GRADE_MARKS`, each fifth of them."""
     distinct = np.unique(graded_log(log).label_E)
-    border = distinct[1:] if len(distinct) <= LEVELS else np.arange(1, LEVELS, dtype=np.float32) / LEVELS
+    border = distinct[1:] if len(distinct) <= GRADE_MARKS else np.arange(1, GRADE_MARKS, dtype=np.float32) / GRADE_MARKS
     return 1 + np.searchsorted(border, grade_X, side="right").astype(np.int8)
 
 
