@@ -52,6 +52,19 @@ def test_the_pages_quote_what_was_gained_over_a_base_that_reads_grades(page, gro
     assert f"{row['difference']:.4f} {metric.upper()} [{row['low']:+.4f}, {row['high']:+.4f}]" in text
 
 
+@pytest.mark.parametrize("group", ["low", "all"])
+def test_the_page_of_findings_quotes_what_is_gained_over_ids(group):
+    text = " ".join((ROOT / "docs" / "what_works.md").read_text().split())
+    row = difference("study/cells/table3_complete_ids", "mars_posterior", group)
+    assert f"[{row['low']:+.4f}, {row['high']:+.4f}]" in text
+    rows = [
+        difference(f"study/cells/table3_{name}_ids", "mars_posterior", "low")
+        for name in ("complete", "without_text", "without_image", "without_Stein")
+    ]
+    assert [f"{row['difference']:.4f}" in text for row in rows[:3]] == [True] * 3
+    assert rows[3]["difference"] >= rows[0]["difference"]
+
+
 def test_the_page_of_findings_quotes_what_lending_costs():
     row = difference("study/cells/figure4_filter_strong", "mars", "low")
     text = (ROOT / "docs" / "what_works.md").read_text()
