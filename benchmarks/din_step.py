@@ -22,6 +22,9 @@ Not equal, each as its library has it:
   has one length, here the longest history that there is. Either side saves its best parameters. Reading the data comes
   before the clock; compiling, which theirs does not need, is a row of its own. Each training is a process, by turns.
 
+On a GPU (where JAX sees one) both train there, and both round products of float32 to TF32, which is the default of JAX;
+batches lie in the host's memory, as loaders leave them, and each step moves its own.
+
 A step's time is the median over turns: ours, theirs, ours, ... in one process. The time of the processors, all threads
 together, is given too: other work on the machine cannot lengthen it by much. Beside it stands what the machine could
 do at best: multiplications at the rate of a large float32 product and bytes at that of a copy, both measured in
@@ -188,6 +191,7 @@ class Fuxi(NamedTuple):
     feature_map: Any
     loader: Any
     version: str
+    gpu: int  # its number; -1: a CPU
 
 
 def need_fuxictr() -> Fuxi:
@@ -202,8 +206,15 @@ def need_fuxictr() -> Fuxi:
         raise SystemExit(
             f"FuxiCTR cannot be imported ({error}): pip install fuxictr torch, or measure our side --alone"
         ) from None
+    import jax
+
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return Fuxi(torch, DIN, FeatureMap, NpzDataLoader, __version__)
+    gpu = 0 if jax.default_backend() == "gpu" else -1
+    if gpu == 0:
+        if not torch.cuda.is_available():
+            raise SystemExit("expected PyTorch to see the GPU that JAX does, found none: install its build for CUDA")
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX has it by default
+    return Fuxi(torch, DIN, FeatureMap, NpzDataLoader, __version__, gpu)
 
 
 def fuxi_model(fuxi: Fuxi, size: Size, folder: str, *, seed: int = SEED) -> Any:
@@ -221,7 +232,7 @@ def fuxi_model(fuxi: Fuxi, size: Size, folder: str, *, seed: int = SEED) -> Any:
     fuxi.torch.manual_seed(seed)
     activation = {"dice": "Dice", "prelu": "PReLU"}[size.activation]
     return fuxi.din(
-        features, embedding_dim=EMBEDDING, dnn_hidden_units=list(size.tower), dnn_activations=activation,
+        features, gpu=fuxi.gpu, embedding_dim=EMBEDDING, dnn_hidden_units=list(size.tower), dnn_activations=activation,
         attention_hidden_units=list(size.attention), attention_hidden_activations=activation, din_use_softmax=True,
         learning_rate=RATE, optimizer="adam", loss="binary_cross_entropy", metrics=["AUC"], verbose=0,
         model_root=folder, early_stop_patience=1 << 30, reduce_lr_on_plateau=False,
@@ -257,7 +268,8 @@ def their_side(fuxi: Fuxi, size: Size, folder: str) -> Side:
     def run(steps: int) -> float:
         nonlocal done
         for done in range(done + 1, done + steps + 1):  # noqa: B020 - the batches go on where they stopped
-            loss = model.train_step(made[done % ROTATED]).item()
+            row, items, mask = made[done % ROTATED]
+            loss = model.train_step((row, dict(items), mask)).item()  # it puts what it moved to a GPU in their place
         return loss
 
     return Side(run, sum(value.numel() for value in model.parameters()))
@@ -555,6 +567,7 @@ def main(words: list[str] | None = None) -> None:
     harness.log_progress(log.name, "marsjax")
     from marsjax.allocator import keep_freed_memory
 
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same GPU
     if arguments.allocator == "kept":
         keep_freed_memory()
     if arguments.side:
@@ -562,7 +575,7 @@ def main(words: list[str] | None = None) -> None:
         return
     fuxi = None if arguments.alone else need_fuxictr()
     began, rows = harness.begin(), []
-    machine = harness.measure_machine(None if fuxi is None else fuxi.torch)
+    machine = harness.measure_device(None if fuxi is None else fuxi.torch)
     sys.stdout.write(machine.describe() + "\n")
     sizes = [
         Size(batch, history, activation)

@@ -66,6 +66,30 @@ def measure_machine(torch: Any = None) -> Machine:
     return Machine(flops, moved, threads)
 
 
+def measure_device(torch: Any = None, *, precision: str = "default") -> Machine:
+    """The rates of the device that JAX computes on: those of `measure_machine` on a CPU.
+
+    `precision` is that of the product, as `jax.numpy.matmul` takes it: by default an accelerator rounds float32 (a GPU
+    to TF32).
+    """
+    import jax
+    import jax.numpy as jnp
+
+    if jax.default_backend() == "cpu":
+        return measure_machine(torch)
+    width, count = 8192, 256 << 20
+    of_a, of_b = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (width, width), jnp.float32) for key in (of_a, of_b))
+    source = jax.random.normal(of_a, (count,), jnp.float32)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
+    copy = jax.jit(lambda source: -source)
+    for work in (lambda: product(a, b), lambda: copy(source)):
+        jax.block_until_ready(work())
+    flops = 2 * width**3 / quickest(lambda: jax.block_until_ready(product(a, b)))
+    moved = 2 * source.nbytes / quickest(lambda: jax.block_until_ready(copy(source)))
+    return Machine(flops, moved, f"{jax.devices()[0].device_kind}, products at precision {precision}")
+
+
 def bound(machine: Machine, flops: float, moved: float) -> float:
     """Seconds that the machine needs at least: whichever takes longer, operations or bytes."""
     return max(flops / machine.flops, moved / machine.bytes)
