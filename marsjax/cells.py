@@ -42,9 +42,7 @@ class Shelf:
         asked = pipeline.of_learning(config) | {"evaluation": None, "seeds": None}
         key = fingerprint(asked)
         if self._last is None or self._last[0] != key:
-            dataset = self.dataset
-            if config.data.permute_labels:
-                dataset = permute_labels(dataset, seed=config.split.seed)
+            dataset = permute_labels(self.dataset, config.data.permute_labels, seed=config.split.seed)
             if config.data.sample_users != self._users:
                 dataset = sample_users(dataset, config.data.sample_users, seed=config.split.seed)
             self._last = key, pipeline.load(config, dataset)

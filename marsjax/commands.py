@@ -227,6 +227,7 @@ def export(config: ConfigDict, workdir: pathlib.Path, *, output: pathlib.Path | 
             f"export.method: expected one of {served}, found {config.export.method}; a bundle does not hold what it "
             "needs of a row"
         )
+    pipeline.check_time_safe(config, "export.method", [config.export.method])
     context = pipeline.Context(config, pipeline.load(config, workdir=workdir), Stages(workdir), config.seeds[0])
     space = pipeline.align_stage(context)
     vectors, _ = pipeline.embed_stage(context, space)

@@ -36,7 +36,7 @@ from marsjax.data.grades import (
     middle_grades,
 )
 from marsjax.data.histories import feedback
-from marsjax.data.permutation import permute_features, permute_labels
+from marsjax.data.permutation import PERMUTED, permute_features, permute_labels
 from marsjax.data.priors import prior_numbers
 from marsjax.data.sampling import sample_users
 from marsjax.data.splits import make_rows
@@ -156,6 +156,7 @@ def check(config: ConfigDict) -> None:
             "training.sharding": ("pmap", "shard_map", "single"),
             "evaluation.methods": METHODS,
             "export.method": METHODS,
+            "data.permute_labels": PERMUTED,
         },
         at_least_one=(
             "alignment.blocks", "alignment.targets", "alignment.history", "alignment.stein_items", "retrieval.donors",
@@ -179,13 +180,7 @@ def check(config: ConfigDict) -> None:
         if not low <= value <= high:
             raise ValueError(f"config.{key} expects a number from {low:g} to {high:g}, got {value}")
     check_tables(config.ctr.tables, config.ctr, sharding=config.training.sharding)
-    later = [name for name in config.evaluation.methods if METHODS[name].posterior]
-    if config.augmentation.time_safe and later:
-        raise ValueError(
-            "augmentation.time_safe: expected methods that can leave out what donors did later, found "
-            f"{', '.join(later)} in evaluation.methods; leave these out, or let split.kind=global_time keep what is "
-            "later out of training"
-        )
+    check_time_safe(config, "evaluation.methods", config.evaluation.methods)
     for modality in ("text", "image"):
         if config.features[modality] and config.data[f"{modality}_features"]:
             raise ValueError(
@@ -193,6 +188,17 @@ def check(config: ConfigDict) -> None:
                 f"{config.features[modality]} and {config.data[f'{modality}_features']}; set one of them to ''"
             )
     mars.check_theta(config.augmentation.theta, config.augmentation.theta_quantile)
+
+
+def check_time_safe(config: ConfigDict, key: str, methods: Sequence[str]) -> None:
+    """Raises ValueError where `methods`, the value of `key`, cannot leave out what donors did later, and are to."""
+    later = [name for name in methods if METHODS[name].posterior]
+    if config.augmentation.time_safe and later:
+        raise ValueError(
+            "augmentation.time_safe: expected methods that can leave out what donors did later, found "
+            f"{', '.join(later)} in {key}; leave these out, or let split.kind=global_time keep what is "
+            "later out of training"
+        )
 
 
 def read(config: ConfigDict, workdir: pathlib.Path | None = None) -> Dataset:
@@ -215,8 +221,7 @@ def read(config: ConfigDict, workdir: pathlib.Path | None = None) -> Dataset:
     dataset = SOURCES[data.source](data, made)
     if config.data.permute_features:
         dataset = permute_features(dataset, seed=config.split.seed)
-    if config.data.permute_labels:
-        dataset = permute_labels(dataset, seed=config.split.seed)
+    dataset = permute_labels(dataset, config.data.permute_labels, seed=config.split.seed)
     return (
         sample_users(dataset, config.data.sample_users, seed=config.split.seed) if config.data.sample_users else dataset
     )
@@ -619,8 +624,8 @@ def train_stage(context: Context, donation: Donation | None, method: str) -> Tra
 
 
 def of_learning(config: ConfigDict) -> dict[str, Any]:
-    """The configuration without its section `serving`: no result depends on it, and it may hold a password."""
-    return {name: value for name, value in to_json(config).items() if name != "serving"}
+    """The configuration without the sections that no result depends on; `serving` may hold a password."""
+    return {name: value for name, value in to_json(config).items() if name not in ("export", "serving")}
 
 
 def with_changes(config: ConfigDict, changes: Mapping[str, str]) -> ConfigDict:

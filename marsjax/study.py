@@ -242,18 +242,20 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "leak",
             "Does a label leak?",
             "sparse",
-            "Each user's labels are put in random order, so that nothing is left to learn of what a user likes, and a "
-            "GAUC above 0.5, but for noise, is a label that leaks. It can be below: strong inputs hold the labels of "
+            "Labels are put in random order. Over the whole log nothing is left to learn, and an AUC or GAUC above "
+            "0.5, but for noise, is a label that leaks. Within each user how much the user likes stays, which AUC "
+            "sees and GAUC does not, and GAUC can be below 0.5: strong inputs hold the labels of "
             "the user's earlier test rows, and of two rows with different labels the later one has the other's in its "
-            "history, so that rates of likes put the wrong one first. A leak may then show as a GAUC above the base's.",
-            (
+            "history, so that rates of likes put the wrong one first.",
+            tuple(
                 Cell(
-                    "leak_strong", "labels permuted",
+                    f"leak_{among}_strong", label,
                     of("base", "short_histories", "collaborative_posterior", "mars", "mars_vote", "mars_posterior",
                        "mars_short_posterior", "mars_graded_posterior"),
-                    {"ctr.inputs": "strong", "data.permute_labels": "true", "split.kind": "last_fraction", **FIFTY},
-                    1.0,
-                ),
+                    {"ctr.inputs": "strong", "data.permute_labels": among, "split.kind": "last_fraction", **FIFTY},
+                    x,
+                )
+                for x, (among, label) in enumerate({"log": "permuted over the log", "users": "within users"}.items())
             ),
         ),
         sweep("theta", "How much is kept", "augmentation.theta_quantile", ("0", "0.25", "0.5", "0.75"), "Eq. 17."),

@@ -86,9 +86,9 @@ def test_samples_and_permuted_labels_keep_grades_and_labels_together():
     dataset = planted()
     threshold = dataset.log.grade_E[dataset.log.label_E > 0].min()
     assert (dataset.log.grade_E[dataset.log.label_E == 0] < threshold).all()
-    for changed in (sample_users(dataset, 50, seed=0), permute_labels(dataset, seed=0)):
+    for changed in (sample_users(dataset, 50, seed=0), permute_labels(dataset, "log", seed=0)):
         np.testing.assert_array_equal(changed.log.label_E > 0, changed.log.grade_E >= threshold)
-    assert not np.array_equal(permute_labels(dataset, seed=0).log.grade_E, dataset.log.grade_E)
+    assert not np.array_equal(permute_labels(dataset, "log", seed=0).log.grade_E, dataset.log.grade_E)
 
 
 def test_histories_hold_the_grades_of_their_entries():

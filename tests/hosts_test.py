@@ -140,7 +140,7 @@ def test_no_process_waits_for_what_another_one_saves(tmp_path):
 
 
 def test_processes_that_read_other_data_are_refused(tmp_path):
-    processes = start_both(tmp_path, second={"data__permute_labels": "true"})
+    processes = start_both(tmp_path, second={"data__permute_labels": "users"})
     said = outputs(processes)
     assert all(process.returncode for process in processes)
     assert "the same flags and the same files" in said[1]

@@ -52,6 +52,7 @@ SMALL = {
     "ctr.attention": "4",
     "evaluation.bootstrap": "20",
     "evaluation.methods": "base,random_donor,popular_items,mars",
+    "export.method": "mars",
     "training.sharding": "single",
 }
 
@@ -598,6 +599,12 @@ def test_bundle_blanks_what_its_method_blanks(workdir, tmp_path, method):
         np.testing.assert_array_equal(scoring.score(bundle, [early])[0], unlent)
         assert scoring.score(bundle, [late])[0] != unlent
         assert scoring.score(bundle._replace(users=only_target), [late])[0] != unlent
+
+
+def test_a_model_that_cannot_be_time_safe_is_not_exported_as_if_it_were(tmp_path):
+    config = small_config(**{"export.method": "mars_posterior", "augmentation.time_safe": "true"})
+    with pytest.raises(ValueError, match="found mars_posterior in export.method"):
+        commands.export(config, tmp_path, output=tmp_path / "bundle")
 
 
 def test_bundle_of_a_model_with_a_mask_scores_as_the_run(workdir, tmp_path):

@@ -257,9 +257,21 @@ def test_a_sample_of_users_keeps_their_events_as_they_were():
     assert sample_users(whole, 60, seed=0) is whole
 
 
+def test_labels_permuted_over_the_log_keep_its_count_and_no_user_s():
+    whole = make_synthetic(n_users=60, n_items=40, n_types=4, n_topics=8, topics_per_type=2, high_events=(20, 30))
+    part = permute_labels(whole, "log", seed=0)
+    assert part.log.label_E.sum() == whole.log.label_E.sum()
+    start_U = whole.log.start_U1[:-1]
+    moved_U = np.add.reduceat(part.log.label_E - whole.log.label_E, start_U) != 0
+    assert moved_U.mean() > 0.5
+    assert len({dataset.fingerprint for dataset in (whole, part, permute_labels(whole, "users", seed=0))}) == 3
+    np.testing.assert_array_equal(part.log.item_E, whole.log.item_E)
+    assert permute_labels(whole, "", seed=0) is whole
+
+
 def test_permuted_labels_keep_every_user_s_count_and_nothing_else_changes():
     whole = make_synthetic(n_users=60, n_items=40, n_types=4, n_topics=8, topics_per_type=2, high_events=(20, 30))
-    part = permute_labels(whole, seed=0)
+    part = permute_labels(whole, "users", seed=0)
     for user in range(60):
         mine = slice(whole.log.start_U1[user], whole.log.start_U1[user + 1])
         assert part.log.label_E[mine].sum() == whole.log.label_E[mine].sum()
@@ -270,7 +282,7 @@ def test_permuted_labels_keep_every_user_s_count_and_nothing_else_changes():
 
 
 def test_what_was_just_liked_puts_permuted_labels_on_the_wrong_side():
-    """Why the part `leak` must not find 0.5 exactly: rates of likes hold the labels of the user's earlier rows."""
+    """Why the part `leak` does not find 0.5 within users: rates of likes hold the labels of the user's earlier rows."""
     n_users, n_events, n_test = 2000, 20, 5
     dataset = make_synthetic(n_users=60, n_items=40, n_types=4, n_topics=8, topics_per_type=2, high_events=(20, 30))
     rng = np.random.default_rng(0)
@@ -279,7 +291,7 @@ def test_what_was_just_liked_puts_permuted_labels_on_the_wrong_side():
         label_E=(rng.random(n_users * n_events) < 0.5).astype(np.float32),
         grade_E=None,
     )
-    label_UE = permute_labels(dataset._replace(log=log), seed=1).log.label_E.reshape(n_users, n_events)
+    label_UE = permute_labels(dataset._replace(log=log), "users", seed=1).log.label_E.reshape(n_users, n_events)
     rate_UE = (np.cumsum(label_UE, axis=1) - label_UE) / np.maximum(np.arange(n_events), 1)
     user_B = np.repeat(np.arange(n_users), n_test)
     seen, unseen = (

@@ -1,4 +1,4 @@
-"""Controls without signal: labels permuted within users, features permuted between items."""
+"""Controls without signal: labels permuted within users or over the log, features permuted between items."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import numpy as np
 from marsjax.files import digest_json
 from marsjax.records import Dataset, Modality
 
+PERMUTED = {"": "", "users": "permuted", "log": "permuted over the log"}  # data.permute_labels, and its fingerprint
 
-def permute_labels(dataset: Dataset, *, seed: int) -> Dataset:
-    """Each user's labels in random order: how much a user likes stays, what it likes is gone.
 
-    A per-user AUC above 0.5, but for noise, is then a label that leaks. A model that sees no labels of earlier rows has
-    0.5; one that does can have less: of two rows of a user with different labels the later one has the other's in its
-    history, so whoever takes likes for a sign of more likes puts the wrong one first. The oracle, which belongs to the
-    labels that were, is dropped.
+def permute_labels(dataset: Dataset, among: str, *, seed: int) -> Dataset:
+    """Labels and grades in random order: among each of the "users", or over the whole "log". "" leaves them.
+
+    Over the log nothing is left to learn, and every AUC above 0.5, but for noise, is a label that leaks. Among users
+    how much each likes stays, and what it likes is gone, so that a per-user AUC above 0.5 is a leak. There a model that
+    sees no labels of earlier rows has 0.5; one that does can have less: of two rows of a user with different labels the
+    later one has the other's in its history, so whoever takes likes for a sign of more likes puts the wrong one first.
+    The oracle, which belongs to the labels that were, is dropped.
     """
+    if not among:
+        return dataset
     log = dataset.log
+    random_E = np.random.default_rng(seed).random(len(log.label_E))
     user_E = np.repeat(np.arange(len(log.start_U1) - 1), np.diff(log.start_U1))
-    order_E = np.lexsort((np.random.default_rng(seed).random(len(user_E)), user_E))
+    order_E = np.lexsort((random_E, user_E)) if among == "users" else np.argsort(random_E)
     return dataset._replace(
         log=log._replace(label_E=log.label_E[order_E], grade_E=None if log.grade_E is None else log.grade_E[order_E]),
         oracle_E=None,
-        fingerprint=digest_json([dataset.fingerprint, "permuted", seed]),
+        fingerprint=digest_json([dataset.fingerprint, PERMUTED[among], seed]),
     )
 
 
