@@ -194,3 +194,47 @@ def test_the_base_is_strong_on_movielens():
     base = difference("ml1m", "base", "all")
     assert base["seeds"] >= 5
     assert base["mean"] >= 0.785
+
+
+def table_row(label, cells):
+    return f"| {label} | {' | '.join(cells)} |"
+
+
+def gained(row):
+    return f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["random_donor", "popular_items", "collaborative_posterior", "short_histories", "mars", "mars_posterior"]
+    + ["mars_graded_posterior"],
+)
+def test_readme_quotes_table_2(method):
+    cells = [f"study/cells/table2_controls_and_MARS_{inputs}" for inputs in ("ids", "strong")]
+    found = [gained(difference(cell, method, group)) for cell in cells for group in ("low", "all")]
+    assert table_row(method, found) in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("metric", ["auc", "gauc"])
+@pytest.mark.parametrize("events", [3, 5, 10, 20])
+def test_the_page_of_findings_quotes_the_sparse_curve(events, metric):
+    cell = f"study/cells/sparse{events}_strong"
+    followed = ("mars", "short_histories", "mars_short_posterior", "mars_short_graded_posterior")
+    rows = [difference(cell, method, "low", metric) for method in followed]
+    recovered = rows[-1]["difference"] / difference(cell, "full_history", "low", metric)["difference"]
+    base = f"{difference(cell, 'base', 'low', metric)['mean']:.4f}"
+    written = table_row(events, [base, *map(gained, rows), f"{recovered:.0%}"])
+    assert written in (ROOT / "docs" / "what_works.md").read_text()
+
+
+@pytest.mark.parametrize("users", [300, 1000, 3000])
+def test_the_page_of_findings_quotes_what_content_adds_with_few_donors(users):
+    text = " ".join((ROOT / "docs" / "what_works.md").read_text().split())
+    for group in ("low", "all"):
+        (row,) = [
+            row
+            for row in read(f"study/cells/donors_{users}_strong")["comparisons"]
+            if (row["method"], row["against"], row["group"], row["metric"])
+            == ("mars_posterior", "collaborative_posterior", group, "auc")
+        ]
+        assert gained(row).removeprefix("+") in text
