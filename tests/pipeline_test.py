@@ -523,6 +523,7 @@ def test_presets_differ_in_exactly_these_values():
         "alignment.residual": (True, False),
         "alignment.entropy_sign": ("dispersive", "printed"),
         "alignment.blocks": (64, 512),
+        "export.method": ("mars_posterior", "mars"),
         "alignment.targets": (16, 1),
         "retrieval.centre": (True, False),
         "retrieval.prefix_stride": (4, 0),
