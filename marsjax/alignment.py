@@ -27,6 +27,8 @@ class FeatureTables(NamedTuple):
 
     feature_NF: Mapping[str, Array]  # name -> [N, F]
     present_N: Mapping[str, Array]  # name -> [N] bool
+    # name -> [N, D] float32, what Eq. 3 makes of the features (`embeddings.with_vectors`); to encode only
+    vector_ND: Mapping[str, Array] | None = None
 
 
 def feature_tables(items: Items, modalities: tuple[str, ...]) -> FeatureTables:
@@ -140,6 +142,8 @@ class MultimodalEncoder(nn.Module):
     def modality(self, name: str, item_I: jax.Array, tables: FeatureTables) -> tuple[jax.Array, jax.Array]:
         """Eq. 3: projected features [..., D] of items [...], and which of them are present; absent ones are zero."""
         present = tables.present_N[name][item_I]
+        if tables.vector_ND is not None:
+            return tables.vector_ND[name][item_I], present
         emb = self.project[name](tables.feature_NF[name][item_I])
         if self.normalise:
             # eps inside the root: the norm of an absent item's zero row has no gradient otherwise (NaN).
@@ -206,6 +210,10 @@ def apply(encoder: MultimodalEncoder, params: PyTree, *arguments: Any, method: s
 class Attention(nn.Module):
     """One head of scaled dot-product attention with a key mask. A row without a valid key gets zeros.
 
+    Queries and values are linear in what they are made of, so (x W_Q) (y W_K)^T = (x W_Q W_K^T) y^T, and the values of
+    the mean of some keys are the mean of their values. So the keys are compared, and averaged, as they come: nothing is
+    computed for each key, and histories have more keys than a batch has queries.
+
     Attributes:
         keep_values: initialise W_V at the identity, so that values are the keys' own vectors at the start.
     """
@@ -214,21 +222,33 @@ class Attention(nn.Module):
     keep_values: bool = False
 
     def setup(self) -> None:
-        self.to_query = nn.Dense(self.width, use_bias=False)
-        self.to_key = nn.Dense(self.width, use_bias=False)
-        init = _identity if self.keep_values else nn.linear.default_kernel_init
-        self.to_value = nn.Dense(self.width, use_bias=False, kernel_init=init)
+        self.to_query = Kernel(self.width)
+        self.to_key = Kernel(self.width)
+        self.to_value = Kernel(self.width, _identity if self.keep_values else nn.linear.default_kernel_init)
 
     def value(self, key_BLD: jax.Array) -> jax.Array:
-        return self.to_value(key_BLD)
+        return key_BLD @ self.to_value(key_BLD.shape[-1])
 
     def __call__(self, query_BTD: jax.Array, key_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
         """Queries [B, T, D'] over keys [B, L, D'']; returns [B, T, width]."""
-        logit_BTL = jnp.einsum("btd,bld->btl", self.to_query(query_BTD), self.to_key(key_BLD)) * self.width**-0.5
+        of_query_DK = self.to_query(query_BTD.shape[-1]) @ self.to_key(key_BLD.shape[-1]).T  # K = D''
+        logit_BTL = jnp.einsum("btk,blk->btl", query_BTD @ of_query_DK, key_BLD) * self.width**-0.5
         # A large negative number, not -inf: the softmax of a row of -inf is NaN, and so is its gradient.
         logit_BTL = jnp.where(mask_BL[:, None, :], logit_BTL, -1e30)
         weight_BTL = nn.softmax(logit_BTL, axis=-1) * mask_BL[:, None, :]
-        return jnp.einsum("btl,bld->btd", weight_BTL, self.to_value(key_BLD))
+        return self.value(jnp.einsum("btl,blk->btk", weight_BTL, key_BLD))
+
+
+class Kernel(nn.Module):
+    """The matrix of a linear layer without a bias."""
+
+    width: int
+    drawn_by: Callable[..., jax.Array] = nn.linear.default_kernel_init
+
+    @nn.compact
+    def __call__(self, depth: int) -> jax.Array:
+        """Returns [depth, width]."""
+        return self.param("kernel", self.drawn_by, (depth, self.width))
 
 
 def _identity(_: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:

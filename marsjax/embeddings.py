@@ -39,6 +39,19 @@ def in_chunks(
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(value_X)], *parts)
 
 
+def with_vectors(
+    encoder: MultimodalEncoder, params: PyTree, tables: FeatureTables, *, size: int = 1024
+) -> FeatureTables:
+    """Tables with the vectors of Eq. 3 of all items, on the device. Histories name an item many times, and features are
+    wide: what encodes then gathers its vector, and does not project its features each time."""
+    item_N = np.arange(encoder.n_items, dtype=np.int32)
+    vectors = {
+        name: in_chunks(functools.partial(_modality, encoder, name, params, tables), item_N, size=size)
+        for name in encoder.modalities
+    }
+    return tables._replace(vector_ND=jax.device_put(vectors))
+
+
 def item_vectors(
     encoder: MultimodalEncoder, params: PyTree, tables: FeatureTables, *, n_items: int, size: int = 1024
 ) -> np.ndarray:
@@ -149,6 +162,13 @@ def _encode(
     encoder: MultimodalEncoder, params: PyTree, tables: FeatureTables, history_BL: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
     return apply(encoder, params, history_BL, tables, method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _modality(
+    encoder: MultimodalEncoder, name: str, params: PyTree, tables: FeatureTables, item_B: np.ndarray
+) -> jax.Array:
+    return apply(encoder, params, name, item_B, tables, method="modality")[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -408,7 +408,8 @@ def align_stage(context: Context) -> Space:
     name = f"alignment-seed{seed}" if steps else f"untrained-alignment-seed{seed}"
     folder = stages.together(name, key, build)
     loop.forget(folder)
-    return Space(encoder, jax.device_put(checkpoint.load_params(folder / "params", template)), tables, key)
+    params = jax.device_put(checkpoint.load_params(folder / "params", template))
+    return Space(encoder, params, embeddings.with_vectors(encoder, params, tables), key)
 
 
 def embed_stage(context: Context, space: Space) -> tuple[Embeddings, pathlib.Path]:

@@ -250,8 +250,7 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             tuple(
                 Cell(
                     f"leak_{among}_strong", label,
-                    of("base", "short_histories", "collaborative_posterior", "mars", "mars_vote", "mars_posterior",
-                       "mars_short_posterior", "mars_graded_posterior"),
+                    of("base", "short_histories", "mars", "mars_vote", "mars_posterior", "mars_graded_posterior"),
                     {"ctr.inputs": "strong", "data.permute_labels": among, "split.kind": "last_fraction", **FIFTY},
                     x,
                 )

@@ -87,6 +87,22 @@ def test_item_vectors_are_histories_of_one(space):
         np.testing.assert_allclose(found_ND[item], alone(space, np.int32([item]))[1], atol=2e-6)
 
 
+@pytest.mark.parametrize("size", [7, 1024])
+def test_features_are_projected_once(space, size):
+    """Vectors are the same, whatever the features say once they are projected."""
+    encoder, params, tables = space
+    made = embeddings.with_vectors(encoder, params, tables, size=size)
+    np.testing.assert_array_equal(made.vector_ND["image"][3], 0)  # which has none
+    made = encoder, params, made._replace(feature_NF={})
+    past, user_Q = histories(), np.arange(len(LENGTHS))
+    found_QD, expected_QD = (
+        embeddings.user_vectors(*each, past, user_Q, past.train_end_U, cap=CAP, size=4) for each in (made, space)
+    )
+    np.testing.assert_allclose(found_QD, expected_QD, atol=2e-6)
+    found_ND, expected_ND = (embeddings.item_vectors(*each, n_items=N, size=16) for each in (made, space))
+    np.testing.assert_allclose(found_ND, expected_ND, atol=2e-6)
+
+
 def test_units_are_moved_and_of_length_one():
     vector_XYD = np.random.default_rng(0).normal(size=(2, 3, D)).astype(np.float32)
     centre_D = np.arange(D, dtype=np.float32)

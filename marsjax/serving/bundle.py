@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from marsjax import __version__, alignment, files
+from marsjax import __version__, alignment, embeddings, files
 from marsjax.ctr import objective
 from marsjax.ctr.backbones import make_backbone
 from marsjax.ctr.items import padded_tables
@@ -183,7 +183,7 @@ def write_bundle(
         files.write_arrays(partial / "knowledge.npz", **known._asdict())
         features = {
             f"{kind}_{name}": np.asarray(value)
-            for kind, values in zip(("feature", "present"), space.tables, strict=True)
+            for kind, values in (("feature", space.tables.feature_NF), ("present", space.tables.present_N))
             for name, value in values.items()
         }
         files.write_arrays(partial / "features.npz", **features)
@@ -295,7 +295,9 @@ def load_encoder(bundle: Bundle) -> Encoder:
     batch = AlignmentBatch(one_BL, one_BL, one_BT, one_BT, one_BL[0])
     template = jax.eval_shape(lambda: module.init(jax.random.key(0), batch, tables)["params"])
     params = checkpoint.load_params(bundle.folder / "alignment", template)
-    return Encoder(module, *jax.device_put((params, tables)))
+    params, tables = jax.device_put((params, tables))
+    # Features are wide, and nothing reads them once Eq. 3 is done.
+    return Encoder(module, params, embeddings.with_vectors(module, params, tables)._replace(feature_NF={}))
 
 
 def item_numbers(bundle: Bundle, names: Sequence[str]) -> np.ndarray:
