@@ -31,6 +31,7 @@ BENCHMARKS = {
         ("--batches=512", "--histories=50", "--activations=prelu", "--turns=3", "--alone"),
     ),
     "stein": Benchmark("how fast is the Stein score, against a naive one, SSGE and what the machine allows?"),
+    "encoding": Benchmark("what does it take to embed users, against the equations as they are written?"),
     "retrieval": Benchmark(
         "how fast and how right are retrieval and borrowing, against faiss and hnswlib?",
         quick=("--quick", "--alone"),

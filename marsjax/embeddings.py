@@ -12,7 +12,7 @@ import numpy as np
 from marsjax.alignment import FeatureTables, MultimodalEncoder, apply
 from marsjax.data.histories import gather_histories
 from marsjax.progress import progress
-from marsjax.records import Histories
+from marsjax.records import Array, Histories
 
 PyTree = Any
 
@@ -37,6 +37,15 @@ def in_chunks(
         parts.append(jax.device_get(function(padded)))
         advance(len(chunk))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(value_X)], *parts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(
+    encoder: MultimodalEncoder, params: PyTree, tables: FeatureTables, history_BL: Array
+) -> tuple[jax.Array, jax.Array]:
+    """Item vectors [B, L, D] of histories, zero at padding, and user vectors [B, D], Eqs. 11 and 13. Compiled for each
+    shape."""
+    return apply(encoder, params, history_BL, tables, method="encode")
 
 
 def with_vectors(
@@ -90,7 +99,7 @@ def user_vectors(
             part_Q = member_Q[begin : begin + 256 * size]
             history_QL = gather_histories(histories, user_Q[part_Q], end_Q[part_Q], cap=bound)
             out_QD[part_Q] = in_chunks(
-                lambda history_BL: _encode(encoder, params, tables, history_BL)[1],
+                lambda history_BL: encode(encoder, params, tables, history_BL)[1],
                 history_QL,
                 size=size,
                 advance=advance,
@@ -110,7 +119,7 @@ def contextual_vectors(
     """Item vectors [B, L, D] float32 of each history in its own context (the literal Eq. 16); zero at padding."""
 
     return in_chunks(
-        lambda chunk_BL: _encode(encoder, params, tables, chunk_BL)[0], history_BL, size=size, advance=advance
+        lambda chunk_BL: encode(encoder, params, tables, chunk_BL)[0], history_BL, size=size, advance=advance
     )
 
 
@@ -155,13 +164,6 @@ def donor_units(
     with progress("donor item vectors", len(item_PL)) as advance:
         unit_PLD = units(contextual_vectors(encoder, params, tables, item_PL, advance=advance), centre_D)
     return lambda position_X: unit_PLD[position_X]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(
-    encoder: MultimodalEncoder, params: PyTree, tables: FeatureTables, history_BL: np.ndarray
-) -> tuple[jax.Array, jax.Array]:
-    return apply(encoder, params, history_BL, tables, method="encode")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -166,10 +166,10 @@ def test_users_are_embedded_some_at_a_time(space):
 def test_compiled_once_for_each_length(space):
     """However many users are asked for, there is one compiled encoder for each of the lengths 16, 64 and the cap."""
     past = histories(seed=1)
-    before = embeddings._encode._cache_size(), embeddings._static._cache_size()
+    before = embeddings.encode._cache_size(), embeddings._static._cache_size()
     for count in (1, 2, 3, 7, 9, 23):
         user_Q = np.arange(count) % len(LENGTHS)
         embeddings.user_vectors(*space, past, user_Q, past.train_end_U[user_Q], cap=CAP, size=6)
         embeddings.item_vectors(*space, n_items=count, size=6)
-    assert embeddings._encode._cache_size() - before[0] <= 3
+    assert embeddings.encode._cache_size() - before[0] <= 3
     assert embeddings._static._cache_size() - before[1] <= 1
