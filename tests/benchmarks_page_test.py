@@ -42,6 +42,14 @@ def devices():
         yield str(history), *(f"{found[f'{count} devices']:.2f}" for count in (2, 4, 8)), f"{half:.2f}"
 
 
+def encoding():
+    by_length = {}
+    for row in rows_of("encoding"):
+        by_length.setdefault(row["case"].split()[-1], []).append(f"{row['ratio']:.2f}")
+    for length, ratios in by_length.items():
+        yield length, *ratios
+
+
 def retrieval():
     for users in (10_000, 100_000):
         rows = [row for row in rows_of("retrieval") if row["case"].startswith(f"{users} users")]
@@ -68,7 +76,7 @@ def scale():
             yield f"{int(users.split()[0]):,}", f"{row['ours']:.1f}", f"{peak[users]:.2f}"
 
 
-@pytest.mark.parametrize("table", [stein, tables, input_pipeline, devices, retrieval, hosts, scale])
+@pytest.mark.parametrize("table", [stein, tables, encoding, input_pipeline, devices, retrieval, hosts, scale])
 def test_the_page_of_performance_quotes_the_committed_results(table):
     text = (ROOT / "docs" / "performance.md").read_text()
     lines = [f"| {' | '.join(cells)} |" for cells in table()]
