@@ -41,6 +41,7 @@ BENCHMARKS = {
     "devices": Benchmark("what do more devices cost on the same cores, and what is bfloat16 worth?"),
     "hosts": Benchmark("what does training over two processes cost, and does it give the parameters of one?"),
     "scale": Benchmark("how do time and memory grow with the users?"),
+    "leak": Benchmark("does the choice of a donor see the label?", quick=("--seeds=1",), needs="folder"),
     "serving_load": Benchmark(
         "how long does a request take, for 1, 8 and 32 clients, and what does augmentation add?",
         quick=("--requests=100",), needs="bundle",
