@@ -1,6 +1,6 @@
 """Does the choice of a donor see the label?
 
-    python -m benchmarks.leak --folder=PATH/ml-1m [--seeds=5] [--workdir=runs/leak] [--output=benchmarks/results/leak.json]
+    python -m benchmarks.leak --folder=PATH/ml-1m [--seeds=5] [--workdir=runs/leak] [--output=FILE]
 
 Whether a low-active user's donor lends the very item that is to be scored is a number of 0 and 1, and its AUC says how
 well that alone tells the rows with a like from the others. A service has on test rows what they have; where training
