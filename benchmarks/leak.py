@@ -1,15 +1,17 @@
 """Does the choice of a donor see the label?
 
-    python -m benchmarks.leak --folder=PATH/ml-1m [--seeds=5] [--workdir=runs/leak] [--output=FILE]
+    python -m benchmarks.leak --folder=PATH/ml-1m [--seeds=5] [--workdir=FOLDER] [--output=FILE]
 
 Whether a low-active user's donor lends the very item that is to be scored is a number of 0 and 1, and its AUC says how
-well that alone tells the rows with a like from the others. A service has on test rows what they have; where training
-rows have more, the donor was chosen by what came later, the label among it, and a model learns to trust what it will
-not have. Measured for donors of the prefix before each training row (`retrieval.prefix_stride` of the configuration,
-ours) and of the whole training history (0), on labels as they are. Borrowed is all of a donor's history
-(`augmentation.strategy=most_similar`), so that only its choice counts.
+well that alone tells the rows with a like from the others, among the rows that borrow. Test rows ask with a history
+that ends before them, as a service does. A training row whose donor was found by the whole training history was found
+by its own item and all that came later, and a model learns to trust what it will not have. Measured for donors by the
+prefix before each training row (`retrieval.prefix_stride` of the configuration, ours) and by the whole training
+history (0). Borrowed is all of a donor's history (`augmentation.strategy=most_similar`), so that only its choice
+counts. What is left between training and test rows may also come from their age and from how long the histories are.
 
-Stages are kept in --workdir: a run that was killed continues, and that of a study may be given.
+Stages are kept where --workdir says, so that a run which was killed continues, and that of a study may be given; they
+go by the configuration and the data, and know nothing of a change of the code.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import logging
 import pathlib
 import statistics
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,7 +32,7 @@ from marsjax.stages import Stages
 
 log = logging.getLogger("leak")
 
-DONORS = {"of the prefix before the row": {}, "of the whole training history": {"retrieval.prefix_stride": "0"}}
+DONORS = {"by the prefix before the row": {}, "by the whole training history": {"retrieval.prefix_stride": "0"}}
 
 
 def statistics_of(context: pipeline.Context) -> dict[str, float]:
@@ -41,13 +44,18 @@ def statistics_of(context: pipeline.Context) -> dict[str, float]:
 
 def rows_of(base: str, changes: dict[str, str], workdir: pathlib.Path, seeds: int) -> Iterable[dict[str, Any]]:
     """A row for each choice of donors."""
-    loaded, stages = pipeline.load(load_config(base, changes)), Stages(workdir)
+    config = load_config(base, changes)
+    if not config.retrieval.prefix_stride:
+        raise SystemExit(f"{base}: expected retrieval.prefix_stride of 1 or more to compare with 0, found 0")
+    loaded, stages = pipeline.load(config), Stages(workdir)
     for name, of_donors in DONORS.items():
         config = load_config(base, {**changes, **of_donors, "augmentation.strategy": "most_similar"})
         found = []
         for seed in range(seeds):
             log.info("donors %s, seed %d", name, seed)
             found.append(statistics_of(pipeline.Context(config, loaded, stages, seed)))
+        if not all(f"borrows_target_auc_{split}" in each for each in found for split in ("train", "test")):
+            raise SystemExit(f"{base}: expected likes and others among the rows of low-active users, found one of them")
         train, test = ([each[f"borrows_target_auc_{split}"] for each in found] for split in ("train", "test"))
         gap = [a - b for a, b in zip(train, test, strict=True)]
         yield {
@@ -57,7 +65,7 @@ def rows_of(base: str, changes: dict[str, str], workdir: pathlib.Path, seeds: in
             "gap_sd": statistics.stdev(gap) if seeds > 1 else None,
             "lent_train": statistics.mean(each["borrows_target_train"] for each in found),
             "lent_test": statistics.mean(each["borrows_target_test"] for each in found),
-            "note": f"{statistics.mean(gap):+.4f} on training rows",
+            "note": f"training less test {statistics.mean(gap):+.4f}",
         }  # fmt: skip
 
 
@@ -67,7 +75,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default="configs/ml1m.py", help="configuration (default: %(default)s)")
     parser.add_argument("--folder", default="", help="of the data; MovieLens-1M for the default configuration")
     parser.add_argument("--seeds", type=int, default=5, help="alignments, from seed 0 on (default: 5)")
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/leak"))
+    parser.add_argument("--workdir", type=pathlib.Path, help="keep stages there (default: nowhere)")
     parser.add_argument("--output", type=pathlib.Path, help="write the rows there as JSON")
     arguments = parser.parse_args(words)
     if arguments.seeds < 1:
@@ -85,7 +93,8 @@ def main(words: list[str] | None = None) -> None:
     began = harness.begin()
     # As the study reads histories, so that its stages serve here.
     changes = {"retrieval.history": "50"} | ({"data.folder": arguments.folder} if arguments.folder else {})
-    rows = list(rows_of(arguments.config, changes, arguments.workdir, arguments.seeds))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(rows_of(arguments.config, changes, arguments.workdir or pathlib.Path(folder), arguments.seeds))
     harness.write_results(arguments.output, rows, began, program="-m benchmarks.leak", words=words)
 
 

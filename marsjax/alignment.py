@@ -27,7 +27,7 @@ class FeatureTables(NamedTuple):
 
     feature_NF: Mapping[str, Array]  # name -> [N, F]
     present_N: Mapping[str, Array]  # name -> [N] bool
-    # name -> [N, D] float32, what Eq. 3 makes of the features (`embeddings.with_vectors`); to encode only
+    # name -> [N, D] float32, what Eq. 3 makes of the features, which are not read then; to encode only
     vector_ND: Mapping[str, Array] | None = None
 
 
@@ -142,7 +142,7 @@ class MultimodalEncoder(nn.Module):
     def modality(self, name: str, item_I: jax.Array, tables: FeatureTables) -> tuple[jax.Array, jax.Array]:
         """Eq. 3: projected features [..., D] of items [...], and which of them are present; absent ones are zero."""
         present = tables.present_N[name][item_I]
-        if tables.vector_ND is not None:
+        if tables.vector_ND is not None and not self.is_initializing():
             return tables.vector_ND[name][item_I], present
         emb = self.project[name](tables.feature_NF[name][item_I])
         if self.normalise:
@@ -210,9 +210,10 @@ def apply(encoder: MultimodalEncoder, params: PyTree, *arguments: Any, method: s
 class Attention(nn.Module):
     """One head of scaled dot-product attention with a key mask. A row without a valid key gets zeros.
 
-    Queries and values are linear in what they are made of, so (x W_Q) (y W_K)^T = (x W_Q W_K^T) y^T, and the values of
-    the mean of some keys are the mean of their values. So the keys are compared, and averaged, as they come: nothing is
-    computed for each key, and histories have more keys than a batch has queries.
+    Queries and values are linear in what they are made of, so (x W_Q) (y W_K)^T = (x W_Q W_K^T) y^T, and the value of
+    the mean of some keys is the mean of their values. So keys are compared, and averaged, as they come, and no matrix
+    is multiplied with each of them: one product for a query and one for a result, where there were two for a key
+    beside them. That is the fewer, the more keys a query has and the narrower they are.
 
     Attributes:
         keep_values: initialise W_V at the identity, so that values are the keys' own vectors at the start.
@@ -277,6 +278,8 @@ def make_loss(
         return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
 
     def loss(params: PyTree, batch: AlignmentBatch, tables: FeatureTables) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if tables.vector_ND is not None:
+            raise ValueError("expected tables of features, found vectors of Eq. 3, through which nothing learns it")
         logit_BT = apply(encoder, params, batch.history_BL, batch.target_BT, tables, method="logits")
         n_rows = jnp.sum(batch.weight_BT)
         n_devices = 1 if axis_name is None else lax.axis_size(axis_name)

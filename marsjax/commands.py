@@ -513,7 +513,7 @@ def lenders_of(
     centre_D = pipeline.centre_of(config, donor_PD)
     unit_PLD = unit_ND = None
     if config.augmentation.vectors == "contextual":
-        vector_PLD = embeddings.contextual_vectors(space.encoder, space.params, space.tables, donors.item_PL)
+        vector_PLD = embeddings.contextual_vectors(*pipeline.encoder_and_vectors(space), donors.item_PL)
         unit_PLD = embeddings.units(vector_PLD, centre_D)
     else:
         unit_ND = embeddings.units(vectors.item_ND, centre_D)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from marsjax.alignment import FeatureTables, MultimodalEncoder, apply
@@ -51,14 +52,24 @@ def encode(
 def with_vectors(
     encoder: MultimodalEncoder, params: PyTree, tables: FeatureTables, *, size: int = 1024
 ) -> FeatureTables:
-    """Tables with the vectors of Eq. 3 of all items, on the device. Histories name an item many times, and features are
-    wide: what encodes then gathers its vector, and does not project its features each time."""
-    item_N = np.arange(encoder.n_items, dtype=np.int32)
-    vectors = {
-        name: in_chunks(functools.partial(_modality, encoder, name, params, tables), item_N, size=size)
-        for name in encoder.modalities
-    }
-    return tables._replace(vector_ND=jax.device_put(vectors))
+    """Tables with the vectors of Eq. 3 of all items in place of their features, on the device. Histories name an item
+    many times, and features are wide: what encodes then gathers its vector, and does not project its features each
+    time.
+
+    Features may lie in a file: so many items at a time are read.
+    """
+    vectors = {}
+    for name in encoder.modalities:
+        # NumPy's, since a slice of an array on the device would be a program for each place.
+        feature_NF, present_N = np.asarray(tables.feature_NF[name]), np.asarray(tables.present_N[name])
+        emb_ND = np.zeros((encoder.n_items, encoder.width), np.float32)
+        for begin in range(0, encoder.n_items, size):
+            part = np.zeros((size, feature_NF.shape[1]), np.float32), np.zeros(size, bool)
+            count = len(feature_NF[begin : begin + size])
+            part[0][:count], part[1][:count] = feature_NF[begin : begin + size], present_N[begin : begin + size]
+            emb_ND[begin : begin + size] = _modality(encoder, name, params, *part)[:count]
+        vectors[name] = jax.device_put(emb_ND)
+    return FeatureTables({}, jax.device_put(tables.present_N), vectors)
 
 
 def item_vectors(
@@ -168,9 +179,10 @@ def donor_units(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _modality(
-    encoder: MultimodalEncoder, name: str, params: PyTree, tables: FeatureTables, item_B: np.ndarray
+    encoder: MultimodalEncoder, name: str, params: PyTree, feature_BF: np.ndarray, present_B: np.ndarray
 ) -> jax.Array:
-    return apply(encoder, params, name, item_B, tables, method="modality")[0]
+    tables = FeatureTables({name: feature_BF}, {name: present_B})
+    return apply(encoder, params, name, jnp.arange(len(present_B)), tables, method="modality")[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -408,8 +408,12 @@ def align_stage(context: Context) -> Space:
     name = f"alignment-seed{seed}" if steps else f"untrained-alignment-seed{seed}"
     folder = stages.together(name, key, build)
     loop.forget(folder)
-    params = jax.device_put(checkpoint.load_params(folder / "params", template))
-    return Space(encoder, params, embeddings.with_vectors(encoder, params, tables), key)
+    return Space(encoder, jax.device_put(checkpoint.load_params(folder / "params", template)), tables, key)
+
+
+def encoder_and_vectors(space: Space) -> tuple[alignment.MultimodalEncoder, PyTree, alignment.FeatureTables]:
+    """What the functions of `embeddings` read first; making it is worth while for many histories."""
+    return space.encoder, space.params, embeddings.with_vectors(space.encoder, space.params, space.tables)
 
 
 def embed_stage(context: Context, space: Space) -> tuple[Embeddings, pathlib.Path]:
@@ -419,12 +423,13 @@ def embed_stage(context: Context, space: Space) -> tuple[Embeddings, pathlib.Pat
     key = fingerprint("embeddings", space.fingerprint, config.retrieval.history)
 
     def build(folder: pathlib.Path) -> None:
+        encode = encoder_and_vectors(space)
         with progress("user vectors", n_users) as advance:
             user_UD = embeddings.user_vectors(
-                space.encoder, space.params, space.tables, histories, np.arange(n_users), histories.train_end_U,
-                cap=config.retrieval.history, advance=advance,
+                *encode, histories, np.arange(n_users), histories.train_end_U, cap=config.retrieval.history,
+                advance=advance,
             )  # fmt: skip
-        item_ND = embeddings.item_vectors(space.encoder, space.params, space.tables, n_items=space.encoder.n_items)
+        item_ND = embeddings.item_vectors(*encode, n_items=space.encoder.n_items)
         ids = {"raw_user_U": loaded.dataset.log.raw_user_U, "raw_item_N": loaded.dataset.items.raw_id_N}
         files.write_arrays(folder / "embeddings.npz", user_UD=user_UD, item_ND=item_ND, **ids)
 
@@ -446,7 +451,7 @@ def augment_stage(context: Context, space: Space, vectors: Embeddings) -> Donati
     key = fingerprint("augmentation", space.fingerprint, to_json(config.retrieval), cfg)
 
     def build(folder: pathlib.Path) -> None:
-        encode = space.encoder, space.params, space.tables
+        encode = encoder_and_vectors(space)
         donor_PD = vectors.user_UD[donors.user_P]
         centre_D = centre_of(config, donor_PD)
         with progress("query vectors", len(queries.user_Q)) as advance:

@@ -199,6 +199,15 @@ def test_missing_modalities_are_masked(model):
     np.testing.assert_allclose(loss(params, row, scribbled)[0], value, rtol=1e-6)
 
 
+def test_nothing_is_learnt_through_vectors(model):
+    """Tables for encoding have no features, whose projection would get no gradient."""
+    net, params = model
+    made = tables()._replace(vector_ND={"text": jnp.zeros((N, 16)), "image": jnp.zeros((N, 16))})
+    loss = alignment.make_loss(net, WEIGHTS, axis_name=None)
+    with pytest.raises(ValueError, match="expected tables of features, found vectors"):
+        loss(params, batch(), made)
+
+
 def test_one_key_makes_attention_trivial():
     """A3.3: with a single position the softmax is 1, so query and key of Eq. 9 get no gradient."""
     net = encoder()

@@ -91,9 +91,9 @@ def test_item_vectors_are_histories_of_one(space):
 def test_features_are_projected_once(space, size):
     """Vectors are the same, whatever the features say once they are projected."""
     encoder, params, tables = space
-    made = embeddings.with_vectors(encoder, params, tables, size=size)
-    np.testing.assert_array_equal(made.vector_ND["image"][3], 0)  # which has none
-    made = encoder, params, made._replace(feature_NF={})
+    made = encoder, params, embeddings.with_vectors(encoder, params, tables, size=size)
+    assert not made[2].feature_NF
+    np.testing.assert_array_equal(made[2].vector_ND["image"][3], 0)  # which has none
     past, user_Q = histories(), np.arange(len(LENGTHS))
     found_QD, expected_QD = (
         embeddings.user_vectors(*each, past, user_Q, past.train_end_U, cap=CAP, size=4) for each in (made, space)

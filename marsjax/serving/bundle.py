@@ -295,9 +295,8 @@ def load_encoder(bundle: Bundle) -> Encoder:
     batch = AlignmentBatch(one_BL, one_BL, one_BT, one_BT, one_BL[0])
     template = jax.eval_shape(lambda: module.init(jax.random.key(0), batch, tables)["params"])
     params = checkpoint.load_params(bundle.folder / "alignment", template)
-    params, tables = jax.device_put((params, tables))
-    # Features are wide, and nothing reads them once Eq. 3 is done.
-    return Encoder(module, params, embeddings.with_vectors(module, params, tables)._replace(feature_NF={}))
+    params = jax.device_put(params)
+    return Encoder(module, params, embeddings.with_vectors(module, params, tables))
 
 
 def item_numbers(bundle: Bundle, names: Sequence[str]) -> np.ndarray:
