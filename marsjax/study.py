@@ -243,11 +243,13 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             "Does a label leak?",
             "sparse",
             "Labels are put in random order. Of methods that are put together from others, the parts stand here. "
-            "Over the whole log nothing is left to learn, and an AUC or GAUC above 0.5, but for noise, is a label "
-            "that leaks. Within each user how much the user likes stays, which AUC sees and GAUC does not, and "
-            "GAUC can be below 0.5: strong inputs hold the labels of the user's earlier test rows, and of two "
-            "rows with different labels the later one has the other's in its history, so that rates of likes put "
-            "the wrong one first.",
+            "Over the whole log nothing is left to learn, and an AUC above 0.5, but for noise, is a label that "
+            "leaks. Within each user how much the user likes stays, which AUC sees. GAUC can lie far from 0.5 on "
+            "either side though nothing leaks: strong inputs hold the labels of the user's earlier test rows, and "
+            "of two rows with different labels the later one has the other's in its history. So the user's rate "
+            "of likes puts the wrong one first, and its opposite the right one; and of a model that has nothing "
+            "to learn the weight of the rate is noise, of either sign, and yet most of what tells the rows of one "
+            "user apart.",
             tuple(
                 Cell(
                     f"leak_{among}_strong", label,

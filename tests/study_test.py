@@ -281,8 +281,10 @@ def test_permuted_labels_keep_every_user_s_count_and_nothing_else_changes():
     np.testing.assert_array_equal(part.log.item_E, whole.log.item_E)
 
 
-def test_what_was_just_liked_puts_permuted_labels_on_the_wrong_side():
-    """Why the part `leak` does not find 0.5 within users: rates of likes hold the labels of the user's earlier rows."""
+@pytest.mark.parametrize("among", ["users", "log"])
+def test_what_was_just_liked_puts_permuted_labels_on_the_wrong_side(among):
+    """Why a GAUC of the part `leak` may not be 0.5: rates of likes hold the labels of the user's earlier rows. Pooled
+    over users, as AUC is, they say nothing of labels that are permuted over the log."""
     n_users, n_events, n_test = 2000, 20, 5
     dataset = make_synthetic(n_users=60, n_items=40, n_types=4, n_topics=8, topics_per_type=2, high_events=(20, 30))
     rng = np.random.default_rng(0)
@@ -291,7 +293,7 @@ def test_what_was_just_liked_puts_permuted_labels_on_the_wrong_side():
         label_E=(rng.random(n_users * n_events) < 0.5).astype(np.float32),
         grade_E=None,
     )
-    label_UE = permute_labels(dataset._replace(log=log), "users", seed=1).log.label_E.reshape(n_users, n_events)
+    label_UE = permute_labels(dataset._replace(log=log), among, seed=1).log.label_E.reshape(n_users, n_events)
     rate_UE = (np.cumsum(label_UE, axis=1) - label_UE) / np.maximum(np.arange(n_events), 1)
     user_B = np.repeat(np.arange(n_users), n_test)
     seen, unseen = (
@@ -300,6 +302,8 @@ def test_what_was_just_liked_puts_permuted_labels_on_the_wrong_side():
     )
     assert seen < 0.3
     assert abs(unseen - 0.5) < 0.03
+    if among == "log":
+        assert abs(auc(label_UE[:, -n_test:].ravel(), rate_UE[:, -n_test:].ravel()) - 0.5) < 0.02
 
 
 def test_a_cell_with_a_modality_that_the_data_lack_is_refused_and_the_rest_runs(config, tmp_path, monkeypatch):
