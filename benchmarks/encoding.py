@@ -62,7 +62,7 @@ def as_written(params: Mapping[str, Any], tables: FeatureTables, history_BL: jax
     def norm(name: str, x_BLD: jax.Array) -> jax.Array:
         centred_BLD = x_BLD - jnp.mean(x_BLD, axis=-1, keepdims=True)
         unit_BLD = centred_BLD * jax.lax.rsqrt(jnp.mean(centred_BLD**2, axis=-1, keepdims=True) + 1e-6)
-        return unit_BLD * params[name]["scale"] + params[name]["bias"]
+        return unit_BLD * params[name]["scale"][None, None] + params[name]["bias"][None, None]
 
     mask_BL = history_BL > 0
     text_BLD, image_BLD = project("text"), project("image")
