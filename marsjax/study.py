@@ -241,7 +241,7 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
         Part(
             "leak",
             "Does a label leak?",
-            "sparse",
+            "control",
             "Labels are put in random order. Of methods that are put together from others, the parts stand here. "
             "Over the whole log nothing is left to learn, and an AUC above 0.5, but for noise, is a label that "
             "leaks. Within each user how much the user likes stays, which AUC sees. GAUC can lie far from 0.5 on "
@@ -255,9 +255,8 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
                     f"leak_{among}_strong", label,
                     of("base", "short_histories", "mars", "mars_vote", "mars_posterior", "mars_graded_posterior"),
                     {"ctr.inputs": "strong", "data.permute_labels": among, "split.kind": "last_fraction", **FIFTY},
-                    x,
                 )
-                for x, (among, label) in enumerate({"log": "permuted over the log", "users": "within users"}.items())
+                for among, label in {"log": "permuted over the log", "users": "permuted within users"}.items()
             ),
         ),
         sweep("theta", "How much is kept", "augmentation.theta_quantile", ("0", "0.25", "0.5", "0.75"), "Eq. 17."),

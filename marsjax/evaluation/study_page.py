@@ -228,6 +228,12 @@ def of_sparse(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
     return tuple(drawn)
 
 
+def of_control(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
+    """Every method where nothing is to be gained."""
+    tables = [(cell, quality(result)) for cell, result in finished]
+    return tuple(table._replace(caption=f"{cell.label}: {table.caption}") for cell, table in tables)
+
+
 def of_search(part: Part, finished: Sequence[tuple[Any, Results]]) -> Drawn:
     """What was tried and chosen on validation rows, then the methods with what was chosen."""
     drawn: list[Table | Plot | Case] = []
@@ -295,6 +301,7 @@ DRAWN: dict[str, Callable[[Part, Sequence[tuple[Any, Results]]], Drawn]] = {
     "variants": of_variants,
     "sparse": of_sparse,
     "sweep": of_sweep,
+    "control": of_control,
     "search": of_search,
     "cases": _nothing,
 }
