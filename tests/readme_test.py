@@ -71,6 +71,16 @@ def test_the_page_of_findings_quotes_what_lending_costs():
     assert f"{row['difference']:+.4f} AUC [{row['low']:+.4f}, {row['high']:+.4f}]" in text
 
 
+def test_the_page_of_findings_quotes_what_permuted_labels_tell():
+    rows = read("study/cells/leak_log_strong")["rows"]
+    text = " ".join((ROOT / "docs" / "what_works.md").read_text().split())
+    for group, said in (("low", "from {} to {} for low-active users"), ("all", "from {} to {} over all")):
+        means = [row["mean"] for row in rows if (row["group"], row["metric"]) == (group, "auc")]
+        assert said.format(f"{min(means):.4f}", f"{max(means):.4f}") in text
+    (vote,) = (row for row in rows if (row["method"], row["group"], row["metric"]) == ("mars_vote", "low", "gauc"))
+    assert f"{vote['mean']:.3f} ± {vote['std']:.3f} for `mars_vote`" in text
+
+
 @pytest.mark.parametrize(
     "name", ["serving_faults", "serving_faults_redis", "serving_swaps", "serving_soak", "serving_soak_redis"]
 )
