@@ -81,6 +81,15 @@ def test_the_page_of_findings_quotes_what_permuted_labels_tell():
     assert f"{vote['mean']:.3f} ± {vote['std']:.3f} for `mars_vote`" in text
 
 
+def test_the_page_of_findings_quotes_what_donors_lend():
+    prefix, whole = read("leak")["rows"]
+    text = " ".join((ROOT / "docs" / "what_works.md").read_text().split())
+    assert f"to {prefix['lent_train']:.1%} of the training rows and {prefix['lent_test']:.1%} of the test rows" in text
+    assert f"an AUC of {prefix['ours']:.3f} on the first and of {prefix['other']:.3f} on the second" in text
+    assert f"to {whole['lent_train']:.1%} of the training rows, with an AUC of {whole['ours']:.3f}" in text
+    assert f"{prefix['gap_sd']:.3f} and {whole['gap_sd']:.3f} are the standard deviations of the difference" in text
+
+
 @pytest.mark.parametrize(
     "name", ["serving_faults", "serving_faults_redis", "serving_swaps", "serving_soak", "serving_soak_redis"]
 )
