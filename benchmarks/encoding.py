@@ -85,16 +85,6 @@ def flops(batch: int, length: int, *, width: int, id_width: int) -> float:
     return float(batch * length * each + 2 * (width**3 + id_width**3 + width**2 * id_width))
 
 
-def repeated(work: Callable[[], Any]) -> Callable[[int], None]:
-    """The work so many times, each waited for."""
-
-    def run(times: int) -> None:
-        for _ in range(times):
-            jax.block_until_ready(work())
-
-    return run
-
-
 def rows_of(machine: harness.Machine, arguments: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """A row for the vectors, and two for each length."""
     rng = np.random.default_rng(SEED)
@@ -111,7 +101,7 @@ def rows_of(machine: harness.Machine, arguments: argparse.Namespace) -> Iterable
     params = init_variables(encoder, (), jax.random.key(SEED), batch, tables)["params"]
     params = params | {"item": APART * params["item"]}
     with_vectors = embeddings.with_vectors(encoder, params, tables)
-    making = repeated(lambda: embeddings.with_vectors(encoder, params, tables))
+    making = harness.repeated(lambda: embeddings.with_vectors(encoder, params, tables))
     timed = harness.take_turns({"ours": making}, turns=arguments.turns, seconds=arguments.seconds, warm=1)
     yield harness.compare(
         f"{QUESTION}: the vectors of Eq. 3, once", f"{arguments.items} items", timed["ours"], None, None
@@ -135,7 +125,7 @@ def rows_of(machine: harness.Machine, arguments: argparse.Namespace) -> Iterable
                 worst = np.abs(found_BD - vectors["ours"]).max()
                 raise SystemExit(f"{case}, {name}: expected the same user vectors, found a difference of {worst}")
 
-        sides = {name: repeated(functools.partial(make, history_BL)) for name, make in made.items()}
+        sides = {name: harness.repeated(functools.partial(make, history_BL)) for name, make in made.items()}
         timed = harness.take_turns(sides, turns=arguments.turns, seconds=arguments.seconds, warm=1)
         work = flops(arguments.batch, length, width=cfg.width, id_width=cfg.id_width)
         reached = harness.bound(machine, work, 0.0) / timed["ours"].median

@@ -105,6 +105,17 @@ def quickest(work: Callable[[], Any], *, times: int = 7) -> float:
     return min(found)
 
 
+def repeated(work: Callable[[], Any]) -> Callable[[int], None]:
+    """A side for `take_turns` that does its work, of jax, so many times, and waits for each."""
+    import jax
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            jax.block_until_ready(work())
+
+    return run
+
+
 def take_turns(
     sides: Mapping[str, Callable[[int], Any]], *, turns: int, seconds: float, warm: int = WARM
 ) -> dict[str, Timed]:

@@ -42,16 +42,6 @@ class Case(NamedTuple):
     make: Callable[[], Sides]
 
 
-def repeated(work: Callable[[], Any]) -> Callable[[int], None]:
-    """The work so many times, each waited for."""
-
-    def run(times: int) -> None:
-        for _ in range(times):
-            jax.block_until_ready(work())
-
-    return run
-
-
 def din_sides() -> Sides:
     """A training step at batch 512 and history 50, and one that builds [t, h, t - h, t * h] for each entry."""
     size = din_step.Size(512, 50, "prelu")
@@ -125,7 +115,7 @@ def stein_sides() -> Sides:
         return -jnp.linalg.solve(kernel_NN + 0.1 * jnp.eye(len(x_ND)), drift_ND)
 
     np.testing.assert_allclose(ours(x_ND, mask_N), plain(x_ND), rtol=0, atol=2e-2)
-    return repeated(lambda: ours(x_ND, mask_N)), repeated(lambda: plain(x_ND))
+    return harness.repeated(lambda: ours(x_ND, mask_N)), harness.repeated(lambda: plain(x_ND))
 
 
 def expectation_sides() -> Sides:
@@ -156,7 +146,7 @@ def expectation_sides() -> Sides:
         return out_R
 
     np.testing.assert_allclose(ours()[:, 0], plain(), rtol=0, atol=1e-3)
-    return repeated(ours), repeated(plain)
+    return harness.repeated(ours), harness.repeated(plain)
 
 
 CASES = (

@@ -24,7 +24,7 @@ import argparse
 import functools
 import logging
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -77,17 +77,6 @@ def cholesky_rate(count: int) -> float:
     return count**3 / 3 / harness.quickest(work, times=3)
 
 
-def repeated(work: Callable[[], Any]) -> Callable[[int], None]:
-    """So many times, waited for."""
-    import jax
-
-    def run(times: int) -> None:
-        for _ in range(times):
-            jax.block_until_ready(work())
-
-    return run
-
-
 def rows_of(
     count: int, width: int, machine: harness.Machine, arguments: argparse.Namespace
 ) -> Iterable[dict[str, Any]]:
@@ -102,14 +91,14 @@ def rows_of(
     x_ND, mask_N = jnp.asarray(samples(count, width)), jnp.ones(count, bool)
     score, spectral, plain = jax.jit(stein.stein_score), jax.jit(stein.ssge_score), jax.jit(naive)
     errors = {"ours": error(score(x_ND, mask_N), samples(count, width))}
-    sides = {"ours": repeated(lambda: score(x_ND, mask_N))}
+    sides = {"ours": harness.repeated(lambda: score(x_ND, mask_N))}
     needed = count * count * width * 4 / 2**30
     if needed <= arguments.memory:
         check_equal(score(x_ND, mask_N), plain(x_ND))
-        sides["naive"] = repeated(lambda: plain(x_ND))
+        sides["naive"] = harness.repeated(lambda: plain(x_ND))
     if count <= arguments.spectral:
         errors["SSGE"] = error(spectral(x_ND, mask_N), samples(count, width))
-        sides["SSGE"] = repeated(lambda: spectral(x_ND, mask_N))
+        sides["SSGE"] = harness.repeated(lambda: spectral(x_ND, mask_N))
 
     def surrogate(x_ND: jax.Array, y_ND: jax.Array) -> jax.Array:
         matched, _ = stein.alignment(x_ND, y_ND, mask_N)
@@ -117,7 +106,7 @@ def rows_of(
 
     gradient = jax.jit(jax.value_and_grad(surrogate, argnums=(0, 1)))
     y_ND = jnp.asarray(samples(2 * count, width)[count:])
-    sides["loss"] = repeated(lambda: gradient(x_ND, y_ND))
+    sides["loss"] = harness.repeated(lambda: gradient(x_ND, y_ND))
     timed = harness.take_turns(sides, turns=arguments.turns, seconds=arguments.seconds, warm=1)
     told = ", ".join(f"{name} {value:.2f}" for name, value in errors.items())
 
@@ -201,7 +190,7 @@ def step_row(arguments: argparse.Namespace) -> dict[str, Any]:
     x_ND, mask_N = jnp.asarray(samples(cfg.stein_items, cfg.width)), jnp.ones(cfg.stein_items, bool)
     score = jax.jit(stein.stein_score)
     timed = harness.take_turns(
-        {"scores": repeated(lambda: (score(x_ND, mask_N), score(x_ND, mask_N))), "step": step},
+        {"scores": harness.repeated(lambda: (score(x_ND, mask_N), score(x_ND, mask_N))), "step": step},
         turns=arguments.turns, seconds=arguments.seconds,
     )  # fmt: skip
     share = timed["scores"].median / timed["step"].median

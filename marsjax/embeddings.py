@@ -19,25 +19,29 @@ PyTree = Any
 
 
 def in_chunks(
-    function: Callable[[np.ndarray], PyTree],
-    value_X: np.ndarray,
+    function: Callable[[PyTree], jax.Array],
+    value_X: PyTree,
     *,
     size: int,
     advance: Callable[[int], None] = lambda n: None,
-) -> PyTree:
-    """Applies a jitted function to fixed-size chunks of the leading axis and joins the results on the host.
+) -> np.ndarray:
+    """Applies a jitted function to fixed-size chunks of the leading axis of some arrays and joins the results on the
+    host.
 
     The last chunk is padded with zeros, so that one shape is compiled whatever the count. `advance` hears how many
     rows each chunk finished.
     """
-    parts = []
-    for begin in range(0, max(len(value_X), 1), size):
-        chunk = value_X[begin : begin + size]
-        padded = np.zeros((size, *value_X.shape[1:]), value_X.dtype)
-        padded[: len(chunk)] = chunk
-        parts.append(jax.device_get(function(padded)))
-        advance(len(chunk))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(value_X)], *parts)
+    count = len(jax.tree.leaves(value_X)[0])
+    out = np.zeros(0, np.float32)
+    for begin in range(0, max(count, 1), size):
+        chunk = jax.tree.map(lambda column_X, begin=begin: column_X[begin : begin + size], value_X)
+        padded = jax.tree.map(lambda part: np.pad(part, [(0, size - len(part)), *[(0, 0)] * (part.ndim - 1)]), chunk)
+        found = np.asarray(function(padded))
+        if not begin:
+            out = np.empty((count, *found.shape[1:]), found.dtype)
+        out[begin : begin + size] = found[: count - begin]
+        advance(min(size, count - begin))
+    return out
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -61,14 +65,9 @@ def with_vectors(
     vectors = {}
     for name in encoder.modalities:
         # NumPy's, since a slice of an array on the device would be a program for each place.
-        feature_NF, present_N = np.asarray(tables.feature_NF[name]), np.asarray(tables.present_N[name])
-        emb_ND = np.zeros((encoder.n_items, encoder.width), np.float32)
-        for begin in range(0, encoder.n_items, size):
-            part = np.zeros((size, feature_NF.shape[1]), np.float32), np.zeros(size, bool)
-            count = len(feature_NF[begin : begin + size])
-            part[0][:count], part[1][:count] = feature_NF[begin : begin + size], present_N[begin : begin + size]
-            emb_ND[begin : begin + size] = _modality(encoder, name, params, *part)[:count]
-        vectors[name] = jax.device_put(emb_ND)
+        columns = np.asarray(tables.feature_NF[name]), np.asarray(tables.present_N[name])
+        project = functools.partial(_modality, encoder, name, params)
+        vectors[name] = jax.device_put(in_chunks(project, columns, size=size))
     return FeatureTables({}, jax.device_put(tables.present_N), vectors)
 
 
@@ -178,9 +177,8 @@ def donor_units(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _modality(
-    encoder: MultimodalEncoder, name: str, params: PyTree, feature_BF: np.ndarray, present_B: np.ndarray
-) -> jax.Array:
+def _modality(encoder: MultimodalEncoder, name: str, params: PyTree, columns: tuple[Array, Array]) -> jax.Array:
+    feature_BF, present_B = columns
     tables = FeatureTables({name: feature_BF}, {name: present_B})
     return apply(encoder, params, name, jnp.arange(len(present_B)), tables, method="modality")[0]
 
