@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +68,16 @@ class PlannedCell(NamedTuple):
         """Its results, where they are there and of these data and this configuration."""
         found = files.read_json(self.path) if self.path.exists() else {}
         return found if found.get("fingerprint") == self.fingerprint else None
+
+
+def share(planned: Iterable[PlannedCell]) -> None:
+    """Cells of several parts may ask for the same, as a sweep does at the value by default: the results of one are
+    written for the others too."""
+    found = [(one, one.known()) for one in planned]
+    known = {one.fingerprint: results for one, results in found if results is not None}
+    for one, results in found:
+        if results is None and one.fingerprint in known:
+            files.write_json(one.path, known[one.fingerprint])
 
 
 def judge_stage(config: ConfigDict, stages: Stages, trained: pipeline.Trained) -> report.Judged:

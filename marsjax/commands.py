@@ -107,6 +107,7 @@ def reproduce(
     planned = {
         cell.name: cells.plan_cell(config, dataset, cell, workdir, command) for part in plan for cell in part.cells
     }
+    cells.share(planned.values())
     asked: dict[str, cells.PlannedCell] = {}  # in the order in which they were asked for
     for name in names or [part.name for part in plan]:
         for part in plan:
@@ -114,7 +115,9 @@ def reproduce(
                 if name in (part.name, cell.name) and planned[cell.name].known() is None:
                     asked[cell.name] = planned[cell.name]
     if processes > 1 and asked:
-        jobs.run(cells.cell_jobs(list(asked.values())), shelf, processes=processes, logs=workdir / "logs")
+        each_once = {one.fingerprint: one for one in asked.values()}
+        jobs.run(cells.cell_jobs(list(each_once.values())), shelf, processes=processes, logs=workdir / "logs")
+        cells.share(asked.values())
     for part in plan:
         results: dict[str, Any] = {}
         refused: dict[str, str] = {}

@@ -117,14 +117,14 @@ def _loadings(
     components = min(components, n_items - 2)
     if components < 1:
         return np.zeros((n_items, 1), np.float32)
-    shared = scipy.sparse.csr_array(known.T @ known).tocoo()
+    shared = _over_donors(known).tocoo()
     left_Z, right_Z = shared.coords
     pair_Z = left_Z != right_Z
     left_Z, right_Z, n_Z = left_Z[pair_Z], right_Z[pair_Z], shared.data[pair_Z]
 
     def over_pairs(value: scipy.sparse.csr_array) -> np.ndarray:
         """Sums of products over the donors who know both items."""
-        return np.asarray(scipy.sparse.csr_array(value.T @ value)[left_Z, right_Z]).ravel()
+        return np.asarray(_over_donors(value)[left_Z, right_Z]).ravel()
 
     sum_Z, square_Z = over_pairs(opinion), over_pairs(scipy.sparse.csr_array(opinion.multiply(opinion)))
     cosine_Z = np.zeros(len(n_Z), np.float32) if vector_ND is None else _cosines(vector_ND, left_Z, right_Z)
@@ -135,6 +135,8 @@ def _loadings(
     if level + slope == 0 and not step_Z.any():  # no two items whose opinions are known to go together
         return np.zeros((n_items, components), np.float32)
     moved = scipy.sparse.csr_array((step_Z, (left_Z, right_Z)), (n_items, n_items))
+    if 2 * moved.nnz > n_items**2:  # a place takes as much memory as a value, and time beside it
+        moved = moved.toarray()
     real_N = (np.arange(n_items) > 0).astype(np.float32)
 
     def times(x_N: np.ndarray) -> np.ndarray:
@@ -147,6 +149,13 @@ def _loadings(
     start_N = np.random.default_rng(0).normal(size=n_items).astype(np.float32)
     strength_K, component_NK = scipy.sparse.linalg.eigsh(operator, k=components, which="LA", v0=start_N, tol=1e-3)
     return (component_NK * np.sqrt(np.maximum(strength_K, 0.0))).astype(np.float32)
+
+
+def _over_donors(value: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+    """[N, N], products of the values of two items, summed over the donors."""
+    product = (value.T @ value).T  # it comes by columns, and what is symmetric is the same by rows
+    product.sort_indices()  # else each entry that is asked for is searched for in its whole row
+    return product
 
 
 def _cosines(vector_ND: np.ndarray, left_Z: np.ndarray, right_Z: np.ndarray) -> np.ndarray:
