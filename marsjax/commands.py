@@ -117,7 +117,7 @@ def reproduce(
     if processes > 1 and asked:
         each_once = {one.fingerprint: one for one in asked.values()}
         jobs.run(cells.cell_jobs(list(each_once.values())), shelf, processes=processes, logs=workdir / "logs")
-        cells.share(asked.values())
+        cells.share(planned.values())
     for part in plan:
         results: dict[str, Any] = {}
         refused: dict[str, str] = {}
@@ -130,6 +130,7 @@ def reproduce(
                     refused[cell.name] = str(error)
                     continue
                 cells.finish_cell(shelf, planned[cell.name])
+                cells.share(planned.values())
             if (known := planned[cell.name].known()) is not None:
                 results[cell.name] = known
                 stages.commits |= set(known["commit"].split(", "))

@@ -80,8 +80,10 @@ def dense_covariance(log, rows, donors, vector_ND, fold, folds):
     return usual_N, out_NN
 
 
+@pytest.mark.parametrize("dense", [0, 1])
 @pytest.mark.parametrize("content", [True, False])
-def test_covariances_are_those_of_their_definition(data, content):
+def test_covariances_are_those_of_their_definition(data, content, dense, monkeypatch):
+    monkeypatch.setattr(posterior, "DENSE", dense)
     log, rows, item_ND, donors = data
     found = learn_opinions(log, rows, donors, item_ND if content else None, n_items=N, settings=SETTINGS)
     for fold in range(SETTINGS.folds):

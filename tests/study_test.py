@@ -173,6 +173,25 @@ def test_side_by_side_is_as_one_after_the_other(config, tmp_path, monkeypatch):
             assert a == (b if isinstance(b, str | bool) else pytest.approx(b, rel=1e-6, abs=1e-7))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_cells_that_ask_for_the_same_are_run_once(config, tmp_path, monkeypatch, processes):
+    config.unlock()
+    config.ctr.epochs, config.evaluation.bootstrap, config.seeds = 1, 20, (0,)
+    by_default = {"alignment.beta": str(config.alignment.beta)}
+    cells = [study.Cell(name, name, ("base",), changes) for name, changes in (("a", {}), ("b", by_default))]
+    parts = tuple(study.Part(f"of_{cell.name}", "Methods", "methods", "One.", (cell,)) for cell in cells)
+    monkeypatch.setattr(study, "full", lambda known: parts)
+    planned_jobs, finish, finished = of_study.cell_jobs, of_study.finish_cell, []
+    monkeypatch.setattr(of_study, "cell_jobs", lambda some: finished.extend(some) or planned_jobs(some))
+    if processes == 1:
+        monkeypatch.setattr(of_study, "finish_cell", lambda shelf, one: finished.append(one) or finish(shelf, one))
+    commands.reproduce(config, tmp_path, processes=processes)
+    assert len(finished) == 1
+    assert (tmp_path / "cells" / "a.json").read_bytes() == (tmp_path / "cells" / "b.json").read_bytes()
+    commands.reproduce(config, tmp_path, parts="of_b", processes=processes)
+    assert len(finished) == 1
+
+
 def test_opinions_are_learnt_once_for_all_methods_and_none_is_changed_by_that(config, tmp_path, monkeypatch):
     config = pipeline.with_changes(config, {"alignment.epochs": "0", "ctr.inputs": "strong"})
     context = pipeline.Context(config, pipeline.load(config), Stages(tmp_path), 0)

@@ -29,6 +29,7 @@ from marsjax.records import TRAIN, Array, Histories, Log, Rows
 CHUNK = 2048  # rows at a time
 LARGEST = 2**30  # pairs of items that a donor knows, over all donors: some 30 bytes each while they are counted
 CELLS = 2**26  # of a block of cosines
+DENSE = 0.5  # share of pairs from which on a matrix of all is no larger: a value takes as much memory as its place
 SHORTEST = 8  # history length that is compiled; then its doubles
 LEAST_NOISE = 0.05  # of one opinion; at most .25, that of a coin
 
@@ -135,7 +136,7 @@ def _loadings(
     if level + slope == 0 and not step_Z.any():  # no two items whose opinions are known to go together
         return np.zeros((n_items, components), np.float32)
     moved = scipy.sparse.csr_array((step_Z, (left_Z, right_Z)), (n_items, n_items))
-    if 2 * moved.nnz > n_items**2:  # a place takes as much memory as a value, and time beside it
+    if moved.nnz > DENSE * n_items**2:
         moved = moved.toarray()
     real_N = (np.arange(n_items) > 0).astype(np.float32)
 
