@@ -214,6 +214,16 @@ class Predictions(NamedTuple):
     lent_B: np.ndarray | None = None  # [B] int64, borrowed items in the row's history; None: none
 
 
+class Views(NamedTuple):
+    """Views of the last own entries of rows' histories, W of them at most."""
+
+    item_BVW: Array  # [B, V, W] int32; the highest id, beyond the catalogue, is a mask
+    feedback_BVW: Array | None  # [B, V, W] int8, the marks as of a history
+    rate_BV: Array  # [B, V] float32, the share of the history to change; 0 where none was drawn
+    weight_B: Array  # [B] float32, 1 where the row has views that count
+    rows: CtrBatch | None = None  # the B rows, where only some of a batch can have views; None: all of the batch
+
+
 class CtrBatch(NamedTuple):
     """One batch of CTR rows. Rows of weight 0 are padding; history entries of id 0 are padding."""
 
@@ -225,11 +235,7 @@ class CtrBatch(NamedTuple):
     borrowed_BL: Array  # [B, L] bool, True where the entry was borrowed
     feedback_BL: Array | None = None  # [B, L] int8: 2 liked, 1 not liked, or 1 to 5 of grades; 0 not known or padding
     dense_BJ: Array | None = None  # [B, J] float32
-    # Views of the last own entries of the history, W of them at most, for a loss beside the click loss. Training only.
-    view_BVW: Array | None = None  # [B, V, W] int32; the highest id, beyond the catalogue, is a mask
-    view_feedback_BVW: Array | None = None  # [B, V, W] int8 as above
-    view_rate_BV: Array | None = None  # [B, V] float32, the share of the history to change; 0 where none was drawn
-    view_weight_B: Array | None = None  # [B] float32, 1 where the row has views that count
+    views: Views | None = None  # for a loss beside the click loss; training only
 
 
 class AlignmentBatch(NamedTuple):

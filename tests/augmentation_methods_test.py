@@ -135,7 +135,7 @@ def test_every_method_trains(offer, name):
         assert metrics["view_loss"] > 0
         np.testing.assert_allclose(metrics["loss"], metrics["click_loss"] + metrics["view_loss"], rtol=1e-5)
     last = len(offer.item_ND) - 1 + method.mask_token
-    shown = [batch.history_BL if batch.view_BVW is None else batch.view_BVW for batch in made]
+    shown = [batch.history_BL if batch.views is None else batch.views.item_BVW for batch in made]
     assert max(ids.max() for ids in shown) <= last
     if method.mask_token:
         assert max(ids.max() for ids in shown) == last
@@ -185,7 +185,7 @@ def test_own_forms_change_training_and_nothing_else(offer, name):
         for field in ("user_B", "target_B", "label_B", "weight_B"):  # the same rows in the same batch
             np.testing.assert_array_equal(getattr(plain[i], field), getattr(own[i], field))
         assert not own[i].borrowed_BL.any()
-        assert (own[i].view_BVW is None) == (name in CHANGES_HISTORIES)
+        assert (own[i].views is None) == (name in CHANGES_HISTORIES)
         same = np.array_equal(plain[i].history_BL, own[i].history_BL)
         assert same or name in CHANGES_HISTORIES
         changed += not same
@@ -213,26 +213,26 @@ def test_marks_go_with_the_items(offer, name):
 @pytest.mark.parametrize("name", HAS_LOSS)
 def test_views_for_a_loss_are_of_the_last_own_entries(offer, name):
     """Marks belong to items that the tail holds, and of BASRec the first view is the tail itself."""
-    source = source_of(offer, METHODS[f"{name}_budget"].treat(offer))
+    source = source_of(offer, METHODS[name].treat(offer))
     row_E, rows = source_rows(offer, source), offer.rows
     for i in range(3):
-        batch = source[i]
+        views = source[i].views
         marks = histories.feedback(rows.histories.label_H)
         tail_BW, mark_BW, length_B = histories.own_tails(rows.histories, marks, row_E[i], length=8)
         n = len(length_B)
-        assert batch.view_BVW.shape == (32, 3 if name == "basrec" else 2, 8)
-        assert not batch.view_BVW[n:].any()
+        assert views.item_BVW.shape == (32, 3 if name == "basrec" else 2, 8)
+        assert not views.item_BVW[n:].any()
         known = [set(zip(*pair, strict=True)) for pair in zip(tail_BW, mark_BW, strict=True)]
         for row, seen in enumerate(known):
-            for view in range(batch.view_BVW.shape[1]):
-                pairs = zip(batch.view_BVW[row, view], batch.view_feedback_BVW[row, view], strict=True)
+            for view in range(views.item_BVW.shape[1]):
+                pairs = zip(views.item_BVW[row, view], views.feedback_BVW[row, view], strict=True)
                 assert {(item, mark) for item, mark in pairs if mark} <= seen
         if name == "basrec":
-            np.testing.assert_array_equal(batch.view_BVW[:n, 0], tail_BW)
-            np.testing.assert_array_equal(batch.view_feedback_BVW[:n, 0], mark_BW)
-            np.testing.assert_array_equal(batch.view_BVW > 0, (batch.view_BVW[:, :1] > 0).repeat(3, axis=1))
-            assert (batch.view_rate_BV[:n, 0] == 0).all()
-            assert ((batch.view_rate_BV[:n, 1:] >= 0.2) & (batch.view_rate_BV[:n, 1:] <= 0.51)).all()
+            np.testing.assert_array_equal(views.item_BVW[:n, 0], tail_BW)
+            np.testing.assert_array_equal(views.feedback_BVW[:n, 0], mark_BW)
+            np.testing.assert_array_equal(views.item_BVW > 0, (views.item_BVW[:, :1] > 0).repeat(3, axis=1))
+            assert (views.rate_BV[:n, 0] == 0).all()
+            assert ((views.rate_BV[:n, 1:] >= 0.2) & (views.rate_BV[:n, 1:] <= 0.51)).all()
 
 
 def source_rows(offer, source):
@@ -249,15 +249,57 @@ def source_rows(offer, source):
 def test_losses_are_of_rows_with_a_history_at_a_budget_of_low_active_ones(offer, name):
     histories = offer.rows.histories
     low_E = offer.rows.group_U[offer.rows.user_E] == LOW
-    counted = []
-    for method, expected_E in ((name, low_E | True), (f"{name}_budget", low_E)):
-        source = source_of(offer, METHODS[method].treat(offer))
-        for i, row_B in enumerate(source_rows(offer, source)):
-            expected_B = expected_E[row_B] & (histories.end_E[row_B] > histories.start_E[row_B])
-            np.testing.assert_array_equal(source[i].view_weight_B[: len(row_B)], expected_B)
-            assert not source[i].view_weight_B[len(row_B) :].any()
-            counted.append(expected_B.mean())
-    assert min(counted) < max(counted)
+    has_history_E = histories.end_E > histories.start_E
+    source = source_of(offer, METHODS[name].treat(offer))
+    for i, row_B in enumerate(source_rows(offer, source)):
+        weight_B = source[i].views.weight_B
+        assert source[i].views.rows is None
+        np.testing.assert_array_equal(weight_B, batches.pad_to(32, has_history_E[row_B], np.float32))
+    source, sizes = source_of(offer, METHODS[f"{name}_budget"].treat(offer)), set()
+    for i, row_B in enumerate(source_rows(offer, source)):
+        batch, views, at_S = source[i], source[i].views, np.flatnonzero(low_E[row_B])
+        size = len(views.weight_B)
+        sizes.add(size)
+        np.testing.assert_array_equal(views.weight_B, batches.pad_to(size, has_history_E[row_B[at_S]], np.float32))
+        for found, whole in zip(views.rows, batch._replace(views=None), strict=True):
+            if whole is not None:
+                np.testing.assert_array_equal(found, batches.pad_to(size, whole[at_S], whole.dtype))
+    assert sizes <= {32, 16, 2}
+    assert min(sizes) < 32
+
+
+@pytest.mark.parametrize("name", HAS_LOSS)
+def test_a_batch_of_which_no_row_has_views_has_the_click_loss_alone(offer, name):
+    method = METHODS[f"{name}_budget"]
+    treatment = method.treat(offer)
+    none_E = np.zeros(len(offer.log.item_E), bool)
+    batch = source_of(offer, treatment._replace(viewing=treatment.viewing._replace(row_E=none_E)))[0]
+    assert batch.views.item_BVW.shape[0] == 2
+    assert not batch.views.weight_B.any()
+    model, tables, variables = model_of(offer, mask_token=method.mask_token, backbone="dnn")
+    share = jax.jit(share_of(model, tables, treatment.objective, None))(variables["params"], {}, batch)
+    assert share.metrics["view_loss"] == 0
+    assert share.loss == share.metrics["click_loss"] > 0
+
+
+def test_a_loss_on_few_rows_is_that_of_all_rows_with_the_others_not_counted(offer):
+    treatment = METHODS["cl4srec_budget"].treat(offer)
+    source = source_of(offer, treatment)
+    index = next(i for i in range(len(source)) if 5 < source[i].views.weight_B.sum() < 16)
+    batch = source[index]
+    at_S = np.flatnonzero(offer.rows.group_U[offer.rows.user_E[source_rows(offer, source)[index]]] == LOW)
+
+    def spread(value):
+        out = np.zeros((32, *value.shape[1:]), value.dtype)
+        out[at_S] = value[: len(at_S)]
+        return out
+
+    whole = batch._replace(views=jax.tree.map(spread, batch.views._replace(rows=None)))
+    model, tables, variables = model_of(offer, mask_token=True)
+    loss = jax.jit(jax.value_and_grad(lambda *given: share_of(model, tables, treatment.objective, None)(*given).loss))
+    (few, few_gradient), (all_, all_gradient) = (loss(variables["params"], {}, one) for one in (batch, whole))
+    np.testing.assert_allclose(few, all_, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), few_gradient, all_gradient)
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -395,14 +437,11 @@ def test_a_loss_of_no_weight_is_the_base_bit_for_bit(offer, kind):
     made = [source[i] for i in range(3)]
     model = model_of(offer, mask_token=method.mask_token)
     nothing = treatment.objective._replace(weight=0.0, cross_weight=0.0)
-    base, _ = train(*model, None, [batch._replace(**NO_VIEWS) for batch in made])
+    base, _ = train(*model, None, [batch._replace(views=None) for batch in made])
     for objective, same in ((nothing, True), (treatment.objective, False)):
         state, _ = train(*model, objective, made)
         equal = [np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (state.params, base.params)), strict=True)]
         assert all(equal) == same
-
-
-NO_VIEWS = {"view_BVW": None, "view_feedback_BVW": None, "view_rate_BV": None, "view_weight_B": None}
 
 
 def share_of(model, tables, objective, axis_name):
@@ -417,10 +456,11 @@ def share_of(model, tables, objective, axis_name):
 def test_shares_of_devices_add_up_and_padding_changes_nothing(offer, name, changes):
     """Loss and gradients of 4 devices and of one agree, whatever the views of rows hold that do not count."""
     treatment = METHODS[name].treat(offer)
-    source = source_of(offer, treatment, size=28)
-    batch = next(source[i] for i in range(len(source)) if source[i].view_weight_B.sum() > 5)
-    batch = batch._replace(weight_B=batch.weight_B * (np.arange(28) != 4))
-    batch = batch._replace(view_weight_B=batch.view_weight_B * (np.arange(28) != 4))
+    source = source_of(offer, treatment, size=32)
+    batch = next(source[i] for i in range(len(source)) if source[i].views.weight_B.sum() > 5)
+    batch = batch._replace(weight_B=batch.weight_B * (np.arange(32) != 4))
+    counts_B = np.arange(len(batch.views.weight_B)) != 4
+    batch = batch._replace(views=batch.views._replace(weight_B=batch.views.weight_B * counts_B))
     model, tables, variables = model_of(offer, mask_token=True, **changes)
     params, statistics = variables["params"], variables["statistics"]
 
@@ -444,10 +484,10 @@ def test_shares_of_devices_add_up_and_padding_changes_nothing(offer, name, chang
     # The running statistics are those of the click loss alone.
     click = jax.jit(share_of(model, tables, None, None))(params, statistics, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), share.statistics, click.statistics)
-    uncounted_B = batch.view_weight_B == 0
-    other_BVW = np.where(uncounted_B[:, None, None], np.roll(batch.view_BVW, 5, axis=0), batch.view_BVW)
-    assert (other_BVW != batch.view_BVW).any()
-    (value_of_other, _), gradient_of_other = whole(params, batch._replace(view_BVW=other_BVW))
+    views = batch.views
+    other_BVW = np.where((views.weight_B == 0)[:, None, None], np.roll(views.item_BVW, 5, axis=0), views.item_BVW)
+    assert (other_BVW != views.item_BVW).any()
+    (value_of_other, _), gradient_of_other = whole(params, batch._replace(views=views._replace(item_BVW=other_BVW)))
     np.testing.assert_allclose(value_of_other, value, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), gradient_of_other, gradient)
 
@@ -460,13 +500,13 @@ def test_contrastive_loss_is_of_what_the_target_draws_from_the_views(offer):
     pooled = []
     for view in range(2):
         seen = batch._replace(
-            history_BL=batch.view_BVW[:, view],
-            feedback_BL=batch.view_feedback_BVW[:, view],
-            borrowed_BL=np.zeros(batch.view_BVW[:, view].shape, bool),
+            history_BL=batch.views.item_BVW[:, view],
+            feedback_BL=batch.views.feedback_BVW[:, view],
+            borrowed_BL=np.zeros(batch.views.item_BVW[:, view].shape, bool),
         )
         target_BD, history_BLD = model.apply(variables, seen, tables, method="embed")
         (interest_BD,) = model.apply(variables, target_BD, history_BLD, seen, train=False, method="pool")
-        pooled.append(np.asarray(interest_BD, np.float64)[batch.view_weight_B > 0])
+        pooled.append(np.asarray(interest_BD, np.float64)[batch.views.weight_B > 0])
     anchors = np.concatenate(pooled)
     n = len(pooled[0])
     losses = []

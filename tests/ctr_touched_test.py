@@ -12,7 +12,7 @@ import pytest
 
 from marsjax.ctr import objective, touched
 from marsjax.ctr.backbones import make_backbone
-from marsjax.records import CtrBatch, ItemTables
+from marsjax.records import CtrBatch, ItemTables, Views
 from marsjax.training.optimizer import AdamW, adamw
 from marsjax.training.step import init_state
 
@@ -82,6 +82,23 @@ def test_a_batch_names_its_rows_and_counts_within_them():
     np.testing.assert_array_equal(found.user_Y[found.batch.user_B], batch.user_B)
     inside_X = found.item_X < ITEMS
     np.testing.assert_array_equal(found.item_X[inside_X], np.union1d([0], named(batch)[touched.ITEMS]))
+
+
+@pytest.mark.parametrize("some", [True, False])
+def test_views_and_the_rows_that_have_them_count_within_the_same_rows(some):
+    batch, rows = make_batch(1), make_batch(2, rows=5)
+    item_BVW = np.random.default_rng(3).integers(0, ITEMS, (5 if some else len(batch.user_B), 2, 3)).astype(np.int32)
+    weight_B, rate_BV = np.ones(len(item_BVW), np.float32), np.zeros(item_BVW.shape[:2], np.float32)
+    found = touch(batch._replace(views=Views(item_BVW, None, rate_BV, weight_B, rows if some else None)))
+    seen = found.batch.views
+    pairs = [(found.batch, batch), (seen.rows, rows)] if some else [(found.batch, batch)]
+    assert (seen.rows is not None) == some
+    np.testing.assert_array_equal(found.item_X[seen.item_BVW], item_BVW)
+    for one, other in pairs:
+        np.testing.assert_array_equal(found.item_X[one.history_BL], other.history_BL)
+        np.testing.assert_array_equal(found.item_X[one.target_B], other.target_B)
+        np.testing.assert_array_equal(found.user_Y[one.user_B], other.user_B)
+        np.testing.assert_array_equal(one.label_B, other.label_B)
 
 
 def test_shapes_do_not_depend_on_what_is_named():

@@ -175,17 +175,13 @@ def sources(own=batches.all_rows, *, log=None, rows=None, **options):
 
 def joined(parts, whole):
     """The rows of the processes one after the other, without what pads the last one."""
-    return [
-        None if leaf is None else np.concatenate([part[i] for part in parts])[: len(leaf)]
-        for i, leaf in enumerate(whole)
-    ]
+    return jax.tree.map(lambda leaf, *of_parts: np.concatenate(of_parts)[: len(leaf)], whole, *parts)
 
 
 def assert_equal(found, expected):
-    for name, one, other in zip(expected._fields, found, expected, strict=True):
-        if other is not None:
-            assert one.dtype == other.dtype
-            np.testing.assert_array_equal(one, other, err_msg=name)
+    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -196,16 +192,18 @@ def test_rows_of_all_processes_are_the_batch(count):
         assert_equal(joined([part[i] for part in parts], whole[i]), whole[i])
 
 
-def test_rows_with_views_of_all_processes_are_the_batch():
+@pytest.mark.parametrize("some", [False, True])
+def test_rows_with_views_of_all_processes_are_the_batch(some):
     def make(tail_BW, length_B, rng):
         return (
             Viewed(np.where(tail_BW > 0, rng.integers(1, 80, tail_BW.shape), 0), length_B, np.full(tail_BW.shape, -1)),
         )
 
-    viewing = Viewing(make=make, length=20, replaces=False)
+    viewing = Viewing(make=make, length=20, replaces=False, row_E=np.arange(10**5) % 3 == 0 if some else None)
     whole, per_epoch = sources(viewing=viewing)
     parts = [sources(part_of(index, 2), viewing=viewing)[0] for index in range(2)]
-    assert whole[0].view_BVW.any()
+    assert whole[0].views.item_BVW.any()
+    assert (whole[0].views.rows is not None) == some
     for i in range(per_epoch):
         assert_equal(joined([part[i] for part in parts], whole[i]), whole[i])
 

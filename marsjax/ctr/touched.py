@@ -83,12 +83,21 @@ def touch(batch: CtrBatch, *, n_items: int, n_users: int) -> Touched:
         n_items: rows of the table of items, padding and mask included.
         n_users: rows of the table of users, padding included.
     """
-    named = {"target_B": batch.target_B, "history_BL": batch.history_BL}
-    if batch.view_BVW is not None:
-        named["view_BVW"] = batch.view_BVW
-    item_X, at = _renumber([np.asarray(value) for value in named.values()], n_items)
-    user_Y, (user_B,) = _renumber([np.asarray(batch.user_B)], n_users)
-    return Touched(batch._replace(user_B=user_B, **dict(zip(named, at, strict=True))), item_X, user_Y)
+    views = batch.views
+    some = None if views is None else views.rows
+    whole = [batch] if some is None else [batch, some]
+    named = [value for one in whole for value in (one.target_B, one.history_BL)]
+    if views is not None:
+        named.append(views.item_BVW)
+    item_X, at = _renumber([np.asarray(value) for value in named], n_items)
+    user_Y, users = _renumber([np.asarray(one.user_B) for one in whole], n_users)
+    batch, *some_rows = (
+        one._replace(user_B=user_B, target_B=target_B, history_BL=history_BL)
+        for one, user_B, target_B, history_BL in zip(whole, users, at[0::2], at[1::2], strict=False)
+    )
+    if views is not None:
+        batch = batch._replace(views=views._replace(item_BVW=at[-1], rows=some_rows[0] if some_rows else None))
+    return Touched(batch, item_X, user_Y)
 
 
 @functools.lru_cache(maxsize=8)

@@ -21,7 +21,7 @@ import optax
 
 from marsjax.ctr import mixup
 from marsjax.ctr.contrastive import nt_xent
-from marsjax.records import CtrBatch, ItemTables, Objective
+from marsjax.records import CtrBatch, ItemTables, Objective, Views
 from marsjax.training.step import total
 
 Part = Callable[..., Any]
@@ -47,12 +47,12 @@ def view_loss(
     *,
     axis_name: str | None,
 ) -> jax.Array:
-    """This device's share of the weighted loss over the rows of `view_weight_B`.
+    """This device's share of the weighted loss over the rows whose views count.
 
     Raises ValueError for another kind, a batch without views, and a backbone that cannot do it.
     """
     check_backbone(model)
-    if batch.view_BVW is None or batch.view_weight_B is None or batch.view_rate_BV is None:
+    if batch.views is None:
         raise ValueError("losses on views: expected a batch with views, found none; make it with a `Viewing`")
     if objective.kind not in LOSSES:
         raise ValueError(f"objective: expected one of {sorted(LOSSES)}, found {objective.kind!r}")
@@ -61,18 +61,25 @@ def view_loss(
         return model.apply(variables, *arguments, method=method, mutable=["statistics"], **options)[0]
 
     # A row counts in a loss, and in the batch's statistics, where its views count.
-    batch = batch._replace(weight_B=batch.view_weight_B)
-    return LOSSES[objective.kind](objective, part, batch, tables, key, axis_name)
+    views, rows = batch.views, batch if batch.views.rows is None else batch.views.rows
+    rows = rows._replace(weight_B=views.weight_B)
+    return LOSSES[objective.kind](objective, part, rows, views, tables, key, axis_name)
 
 
 def _contrastive(
-    objective: Objective, part: Part, batch: CtrBatch, tables: ItemTables, key: jax.Array, axis_name: str | None
+    objective: Objective,
+    part: Part,
+    batch: CtrBatch,
+    views: Views,
+    tables: ItemTables,
+    key: jax.Array,
+    axis_name: str | None,
 ) -> jax.Array:
     """NT-Xent over what is pooled of two views. Other rows of the same user are negatives too, as in RecBole-DA."""
-    target_BD, views, seen = _embedded_views(part, batch, tables)
+    target_BD, embedded, seen = _embedded_views(part, batch, views, tables)
     pooled = [
         jnp.concatenate(part("pool", target_BD, view_BWD, one, train=True), axis=1)
-        for view_BWD, one in zip(views, seen, strict=True)
+        for view_BWD, one in zip(embedded, seen, strict=True)
     ]
     share = nt_xent(
         pooled[0],
@@ -86,7 +93,13 @@ def _contrastive(
 
 
 def _mixup(
-    objective: Objective, part: Part, batch: CtrBatch, tables: ItemTables, key: jax.Array, axis_name: str | None
+    objective: Objective,
+    part: Part,
+    batch: CtrBatch,
+    views: Views,
+    tables: ItemTables,
+    key: jax.Array,
+    axis_name: str | None,
 ) -> jax.Array:
     """BASRec: histories mixed with their views, and what is pooled of the plain histories mixed across rows.
 
@@ -95,9 +108,9 @@ def _mixup(
     these losses in a second stage; here they count from the first step, so that all methods take the same steps.
     """
     lambda_key, partner_key = jax.random.split(key)
-    target_BD, (own_BWD, *views), seen = _embedded_views(part, batch, tables)
+    target_BD, (own_BWD, *changed), seen = _embedded_views(part, batch, views, tables)
     n_rows, depth = target_BD.shape
-    n_views, levels = len(views), objective.levels
+    n_views, levels = len(changed), objective.levels
     # One draw for all, since each takes seconds to compile: a share for each view; then, `levels` times each, one a row
     # and one a channel, with which the released code mixes rows.
     lambda_BX = mixup.draw_lambda(
@@ -113,7 +126,7 @@ def _mixup(
     loss = jnp.zeros(())
     if objective.weight:
         losses = []
-        for view_BWD, rate_B, lambda_B in zip(views, jnp.asarray(batch.view_rate_BV).T[1:], within, strict=True):
+        for view_BWD, rate_B, lambda_B in zip(changed, jnp.asarray(views.rate_BV).T[1:], within, strict=True):
             mixed_BWD = mixup.mix_histories(own_BWD, view_BWD, lambda_B)
             loss_B = click(target_BD, part("pool", target_BD, mixed_BWD, seen[0], train=True), batch.label_B)
             omega_B = mixup.relevance(lambda_B, rate_B, batch.weight_B, axis_name=axis_name)
@@ -153,10 +166,10 @@ def _click_losses(
 
 
 def _embedded_views(
-    part: Part, batch: CtrBatch, tables: ItemTables
+    part: Part, batch: CtrBatch, views: Views, tables: ItemTables
 ) -> tuple[jax.Array, list[jax.Array], list[CtrBatch]]:
     """Targets [B, D], each view [B, W, D], and the batch with each view in the place of its history."""
-    view_BVW, mark_BVW = jnp.asarray(batch.view_BVW), batch.view_feedback_BVW
+    view_BVW, mark_BVW = jnp.asarray(views.item_BVW), views.feedback_BVW
     seen = [
         batch._replace(
             history_BL=view_BVW[:, number],

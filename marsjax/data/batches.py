@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from marsjax.data.histories import gather_histories, length_bounds, own_tails
-from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Inputs, Log, Rows, Viewed, Viewing
+from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Inputs, Log, Rows, Viewed, Viewing, Views
 
 Batch = TypeVar("Batch")
 Own = Callable[[int], slice]  # how many rows a batch has -> which of them this process trains on
 IDS = Inputs()
+VIEWED = (1, 2, 16)  # rows of a batch over those among them that have views: each is a step to compile
 
 
 def all_rows(size: int) -> slice:
@@ -180,8 +181,17 @@ def with_views(
 
     An entry of a view that is an own one keeps its mark; what is similar, drawn or hidden has none. Where views replace
     the last entries, the history gets the shortest length of `bounds` that holds all of them; nothing may be borrowed.
+
+    Where few rows have views, these come as a batch of their own, of one of few sizes: a loss on views takes as long as
+    several steps without one.
     """
-    length = min(viewing.length, cap)
+    length, size = min(viewing.length, cap), len(batch.user_B)
+    some = None
+    if viewing.row_E is not None:
+        at_S = np.flatnonzero(viewing.row_E[row_B])
+        size = min(bound for share in VIEWED if (bound := -(-size // share)) >= len(at_S))
+        some = jax.tree.map(lambda leaf: pad_to(size, leaf[at_S], leaf.dtype.type), batch)
+        row_B = row_B[at_S]
     # Without marks, labels stand where nobody looks.
     value_H = rows.histories.label_H if mark_H is None else mark_H
     tail_BW, mark_BW, length_B = own_tails(rows.histories, value_H, row_B, length=length)
@@ -192,17 +202,15 @@ def with_views(
     ]
     if viewing.replaces:
         return _replace_tails(batch, views[0], marks[0], length_B, bounds=bounds)
-    size = len(batch.user_B)
-    used_B = length_B > 0
-    if viewing.row_E is not None:
-        used_B &= viewing.row_E[row_B]
     rates = [np.zeros(len(row_B)) if view.rate_B is None else view.rate_B for view in views]
-    return batch._replace(
-        view_BVW=pad_to(size, np.stack([view.history_BL for view in views], axis=1), np.int32),
-        view_feedback_BVW=None if batch.feedback_BL is None else pad_to(size, np.stack(marks, axis=1), np.int8),
-        view_rate_BV=pad_to(size, np.stack(rates, axis=1), np.float32),
-        view_weight_B=pad_to(size, used_B, np.float32),
+    made = Views(
+        item_BVW=pad_to(size, np.stack([view.history_BL for view in views], axis=1), np.int32),
+        feedback_BVW=None if batch.feedback_BL is None else pad_to(size, np.stack(marks, axis=1), np.int8),
+        rate_BV=pad_to(size, np.stack(rates, axis=1), np.float32),
+        weight_B=pad_to(size, length_B > 0, np.float32),
+        rows=some,
     )
+    return batch._replace(views=made)
 
 
 def _replace_tails(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -231,12 +232,12 @@ def make_batches(
             same_BL = borrowed_BL & (history_BL == target_B[part][:, None])
             history_BL, borrowed_BL = np.where(same_BL, 0, history_BL), borrowed_BL & ~same_BL
         size = sizes[int(np.searchsorted(sizes, n))]
-        values = (
+        asked = CtrBatch(
             user_B[part], target_B[part], label_B[part].astype(np.float32), np.ones(n, np.float32), history_BL,
             borrowed_BL, mark_XL[at_B] * (history_BL > 0) if marked else None,
             None if dense_BJ is None else dense_BJ[part],
         )  # fmt: skip
-        yield CtrBatch(*(None if value is None else _padded(value, size) for value in values))
+        yield jax.tree.map(functools.partial(_padded, size=size), asked)
 
 
 def shown_user(bundle: Bundle, user: int) -> int:
