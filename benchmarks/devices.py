@@ -384,7 +384,7 @@ def main(words: list[str] | None = None) -> None:
     harness.log_progress()
     began = harness.begin()
     machine = harness.measure_machine()
-    rows = harness.by_question(row for part in arguments.parts for row in PARTS[part](arguments))
+    rows = (row for part in arguments.parts for row in PARTS[part](arguments))
     harness.write_results(
         arguments.output, rows, began, program="-m benchmarks.devices", words=words, machine=machine.describe()
     )

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import logging
 import math
@@ -502,6 +503,21 @@ def epoch_rows(arguments: argparse.Namespace, folder: str, fuxi: Fuxi | None) ->
     }  # fmt: skip
 
 
+def rows_of(arguments: argparse.Namespace, fuxi: Fuxi | None, machine: harness.Machine) -> Iterable[dict[str, Any]]:
+    """All that is asked for."""
+    sizes = itertools.product(arguments.activations, arguments.batches, arguments.histories)
+    steps = (
+        step_row(Size(batch, history, activation), fuxi, machine, turns=arguments.turns, seconds=arguments.seconds)
+        for activation, batch, history in sizes
+    )
+    epochs = (row for folder in dict.fromkeys(("", arguments.folder)) for row in epoch_rows(arguments, folder, fuxi))
+    for row in itertools.chain(() if arguments.no_steps else steps, epochs if arguments.epoch else ()):
+        notes = [
+            f"{name}: {text}" for name, side in (("ours", "ours"), ("FuxiCTR", "other")) if (text := share(row, side))
+        ]
+        yield row | {"note": "; ".join(notes)}
+
+
 # --- what is printed ------------------------------------------------------------------------------------------------
 
 
@@ -574,34 +590,19 @@ def main(words: list[str] | None = None) -> None:
         train_once(arguments)
         return
     fuxi = None if arguments.alone else need_fuxictr()
-    began, rows = harness.begin(), []
+    began = harness.begin()
     machine = harness.measure_device(None if fuxi is None else fuxi.torch)
     sys.stdout.write(machine.describe() + "\n")
-    sizes = [
-        Size(batch, history, activation)
-        for activation in arguments.activations
-        for batch in arguments.batches
-        for history in arguments.histories
-    ]
-    for size in [] if arguments.no_steps else sizes:
-        rows.append(step_row(size, fuxi, machine, turns=arguments.turns, seconds=arguments.seconds))
-    if arguments.epoch:
-        for folder in ("", arguments.folder) if arguments.folder else ("",):
-            rows += epoch_rows(arguments, folder, fuxi)
-    for row in rows:
-        row["note"] = "; ".join(
-            f"{name}: {text}" for name, side in (("ours", "ours"), ("FuxiCTR", "other")) if (text := share(row, side))
-        )
+    versions = "" if fuxi is None else f"torch {fuxi.torch.__version__}, fuxictr {fuxi.version}; "
+    rows = harness.write_results(
+        arguments.output, rows_of(arguments, fuxi, machine), began, program="-m benchmarks.din_step", words=words,
+        machine=versions + machine.describe(),
+    )  # fmt: skip
     sys.stdout.write("\nparameters:\n")
     for row in rows:
         counts = [f"{side} {row[f'{side}_parameters']:,}" for side in ("ours", "other") if f"{side}_parameters" in row]
         if counts:
             sys.stdout.write(f"{row['case']}: {', '.join(counts)}\n")
-    versions = "" if fuxi is None else f"torch {fuxi.torch.__version__}, fuxictr {fuxi.version}; "
-    harness.write_results(
-        arguments.output, rows, began, program="-m benchmarks.din_step", words=words,
-        machine=versions + machine.describe(),
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

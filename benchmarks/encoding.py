@@ -162,7 +162,7 @@ def main(words: list[str] | None = None) -> None:
     keep_freed_memory()  # as `marsjax` runs
     began = harness.begin()
     machine = harness.measure_machine()
-    rows = list(rows_of(machine, arguments))
+    rows = rows_of(machine, arguments)
     harness.write_results(
         arguments.output, rows, began, program="-m benchmarks.encoding", words=words, machine=machine.describe()
     )

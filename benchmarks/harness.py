@@ -240,28 +240,40 @@ def begin() -> Began:
 
 def write_results(
     output: pathlib.Path | None,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Iterable[dict[str, Any]],
     began: Began,
     *,
     program: str,
     words: Sequence[str] | None = None,
     machine: str = "",
-) -> None:
-    """Prints the rows, and writes them with the command, the commit, the machine and how busy it was.
+) -> list[dict[str, Any]]:
+    """Measures the rows, one after the other, and gives them back by question. They are printed, and written with the
+    command, the commit, the machine and how busy it was; until the last one is there, in OUTPUT.unfinished.
 
     `program` is what `python` is given before the flags `words` (those of this process by default).
     """
-    sys.stdout.write(as_markdown(rows))
-    if output is None:
-        return
     given = sys.argv[1:] if words is None else words
     kept = [PATHS.sub(lambda found: f"{found[1]}PATH{found[2] or ''}", word) for word in given]
-    busy = f"load average {', '.join(f'{load:.1f}' for load in os.getloadavg())}"
-    content = {
-        "command": shlex.join(["python", *program.split(), *kept]),
-        "commit": began.commit,
-        "machine": "; ".join(part for part in (machine_description(), machine, busy) if part),
-        "wall_seconds": time.perf_counter() - began.seconds,
-        "rows": list(rows),
-    }
-    files.write_json(output, content)
+
+    def write(path: pathlib.Path) -> None:
+        busy = f"load average {', '.join(f'{load:.1f}' for load in os.getloadavg())}"
+        content = {
+            "command": shlex.join(["python", *program.split(), *kept]),
+            "commit": began.commit,
+            "machine": "; ".join(part for part in (machine_description(), machine, busy) if part),
+            "wall_seconds": time.perf_counter() - began.seconds,
+            "rows": by_question(measured),
+        }
+        files.write_json(path, content)
+
+    measured: list[dict[str, Any]] = []
+    unfinished = None if output is None else output.with_name(f"{output.name}.unfinished")
+    for row in rows:
+        measured.append(row)
+        if unfinished is not None:
+            write(unfinished)
+    sys.stdout.write(as_markdown(by_question(measured)))
+    if output is not None and unfinished is not None:
+        write(output)
+        unfinished.unlink(missing_ok=True)
+    return by_question(measured)

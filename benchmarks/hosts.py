@@ -20,6 +20,7 @@ to 1e-3.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import pathlib
 import subprocess
@@ -157,7 +158,7 @@ def main(words: list[str] | None = None) -> None:
     harness.log_progress()
     began = harness.begin()
     machine = harness.measure_machine()
-    rows = [*step_rows(arguments), *training_rows(arguments)]
+    rows = itertools.chain(step_rows(arguments), training_rows(arguments))
     harness.write_results(
         arguments.output, rows, began, program="-m benchmarks.hosts", words=words, machine=machine.describe()
     )

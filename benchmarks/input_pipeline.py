@@ -295,7 +295,7 @@ def main(words: list[str] | None = None) -> None:
         keep_freed_memory()
     began = harness.begin()
     machine = harness.measure_machine()
-    rows = harness.by_question(row for case in arguments.cases for row in rows_of(case, machine, arguments))
+    rows = (row for case in arguments.cases for row in rows_of(case, machine, arguments))
     harness.write_results(
         arguments.output, rows, began, program="-m benchmarks.input_pipeline", words=words, machine=machine.describe()
     )

@@ -94,8 +94,8 @@ def main(words: list[str] | None = None) -> None:
     # As the study reads histories, so that its stages serve here.
     changes = {"retrieval.history": "50"} | ({"data.folder": arguments.folder} if arguments.folder else {})
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(rows_of(arguments.config, changes, arguments.workdir or pathlib.Path(folder), arguments.seeds))
-    harness.write_results(arguments.output, rows, began, program="-m benchmarks.leak", words=words)
+        rows = rows_of(arguments.config, changes, arguments.workdir or pathlib.Path(folder), arguments.seeds)
+        harness.write_results(arguments.output, rows, began, program="-m benchmarks.leak", words=words)
 
 
 if __name__ == "__main__":

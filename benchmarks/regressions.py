@@ -181,9 +181,12 @@ def main(words: list[str] | None = None) -> int:
     began = harness.begin()
     # The least ratio of the turns: on a busy machine all of them are nearer to it than to the median.
     held = {} if arguments.write else {row["case"]: row["ratio_least"] for row in files.read_json(HELD)["rows"]}
-    rows = [measure(case, held.get(case.name), turns=arguments.turns, seconds=arguments.seconds) for case in CASES]
-    harness.write_results(
-        HELD if arguments.write else None, rows, began, program="-m benchmarks.regressions", words=words
+    rows = harness.write_results(
+        HELD if arguments.write else None,
+        (measure(case, held.get(case.name), turns=arguments.turns, seconds=arguments.seconds) for case in CASES),
+        began,
+        program="-m benchmarks.regressions",
+        words=words,
     )
     slow = [row for row in rows if row["met"] is False]
     for row in slow:

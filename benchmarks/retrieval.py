@@ -573,7 +573,7 @@ def main(words: list[str] | None = None) -> None:
         need("hnswlib")
         versions = f"faiss {need('faiss').__version__}; "
     machine = harness.measure_machine()
-    rows = harness.by_question(row for count in arguments.counts for row in search_rows(count, machine, arguments))
+    rows = (row for count in arguments.counts for row in search_rows(count, machine, arguments))
     harness.write_results(
         arguments.output, rows, began, program="-m benchmarks.retrieval", words=words,
         machine=versions + machine.describe(),

@@ -358,7 +358,7 @@ def main(words: list[str] | None = None) -> None:
             runs.append(json.loads(answer.read_text()))
     harness.write_results(
         arguments.output,
-        list(rows_of(runs[1:], runs[0], arguments.largest)),
+        rows_of(runs[1:], runs[0], arguments.largest),
         began,
         program="-m benchmarks.scale",
         words=words,

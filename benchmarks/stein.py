@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import logging
 import pathlib
 from collections.abc import Iterable
@@ -240,11 +241,10 @@ def main(words: list[str] | None = None) -> None:
     began = harness.begin()
     machine = harness.measure_device(precision="highest")
     cases = [(count, width) for count in arguments.counts for width in arguments.widths]
-    rows = [row for count, width in cases for row in rows_of(count, width, machine, arguments)]
-    rows.append(step_row(arguments))
+    rows = (row for count, width in cases for row in rows_of(count, width, machine, arguments))
     harness.write_results(
-        arguments.output, harness.by_question(rows), began, program="-m benchmarks.stein", words=words,
-        machine=machine.describe(),
+        arguments.output, itertools.chain(rows, map(step_row, [arguments])), began, program="-m benchmarks.stein",
+        words=words, machine=machine.describe(),
     )  # fmt: skip
 
 

@@ -158,7 +158,7 @@ def main(words: list[str] | None = None) -> None:
     keep_freed_memory()  # as `marsjax` trains
     began = harness.begin()
     machine = harness.measure_machine()
-    rows = [row for size in arguments.sizes for row in rows_of(size, machine, arguments)]
+    rows = (row for size in arguments.sizes for row in rows_of(size, machine, arguments))
     harness.write_results(
         arguments.output, rows, began, program="-m benchmarks.tables", words=words, machine=machine.describe()
     )

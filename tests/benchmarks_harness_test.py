@@ -51,3 +51,21 @@ def test_results_name_the_command_and_no_folder_of_the_machine(tmp_path, given, 
     assert found["command"] == f"python -m benchmarks.x {kept}"
     assert found["rows"] == [row]
     assert set(found) == {"command", "commit", "machine", "wall_seconds", "rows"}
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path):
+    row = harness.compare("q", "c", harness.Timed([1.0], []), None, None)
+
+    def rows():
+        yield row
+        raise KeyboardInterrupt
+
+    output, unfinished = tmp_path / "r.json", tmp_path / "r.json.unfinished"
+    output.write_text("of an earlier run")
+    with pytest.raises(KeyboardInterrupt):
+        harness.write_results(output, rows(), harness.begin(), program="-m benchmarks.x", words=[])
+    assert output.read_text() == "of an earlier run"
+    assert json.loads(unfinished.read_text())["rows"] == [row]
+    assert harness.write_results(output, [row], harness.begin(), program="-m benchmarks.x", words=[]) == [row]
+    assert json.loads(output.read_text())["rows"] == [row]
+    assert not unfinished.exists()
