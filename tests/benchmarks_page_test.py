@@ -9,6 +9,15 @@ def rows_of(name):
     return read(name)["rows"]
 
 
+def din_step():
+    names = {"dice": "Dice", "prelu": "PReLU"}
+    for row in rows_of("din_step") + rows_of("din_step_8192"):
+        if "training step" in row["question"]:
+            _, batch, _, history, activation = row["case"].replace(",", "").split()
+            case = f"step, batch {int(batch):,}, history {history}, {names[activation]}"
+            yield case, f"{row['ratio']:.2f}", f"{row['ratio_least']:.2f} to {row['ratio_most']:.2f}"
+
+
 def stein():
     by_case = {}
     for row in rows_of("stein"):
@@ -78,7 +87,7 @@ def scale():
             yield f"{int(users.split()[0]):,}", f"{row['ours']:.1f}", f"{peak[users]:.2f}"
 
 
-@pytest.mark.parametrize("table", [stein, tables, encoding, input_pipeline, devices, retrieval, hosts, scale])
+@pytest.mark.parametrize("table", [din_step, stein, tables, encoding, input_pipeline, devices, retrieval, hosts, scale])
 def test_the_page_of_performance_quotes_the_committed_results(table):
     text = (ROOT / "docs" / "performance.md").read_text()
     lines = [f"| {' | '.join(cells)} |" for cells in table()]
