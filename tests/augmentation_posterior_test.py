@@ -80,10 +80,12 @@ def dense_covariance(log, rows, donors, vector_ND, fold, folds):
     return usual_N, out_NN
 
 
-@pytest.mark.parametrize("dense", [0, 1])
+@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("content", [True, False])
-def test_covariances_are_those_of_their_definition(data, content, dense, monkeypatch):
-    monkeypatch.setattr(posterior, "DENSE", dense)
+def test_covariances_are_those_of_their_definition(data, content, full, monkeypatch):
+    monkeypatch.setattr(posterior, "FASTER", 10**9 if full else 0)
+    monkeypatch.setattr(posterior, "DENSE", 0 if full else 1)
+    monkeypatch.setattr(posterior, "CELLS", N**2)  # a few donors at a time
     log, rows, item_ND, donors = data
     found = learn_opinions(log, rows, donors, item_ND if content else None, n_items=N, settings=SETTINGS)
     for fold in range(SETTINGS.folds):

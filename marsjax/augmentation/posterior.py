@@ -14,7 +14,7 @@ of items that are as similar as they are, and moves to what donors say with the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,8 @@ from marsjax.records import TRAIN, Array, Histories, Log, Rows
 CHUNK = 2048  # rows at a time
 LARGEST = 2**30  # pairs of items that a donor knows, over all donors: some 30 bytes each while they are counted
 CELLS = 2**26  # of a block of cosines
-DENSE = 0.5  # share of pairs from which on a matrix of all is no larger: a value takes as much memory as its place
+FASTER = 500  # times, a product of full matrices over one of sparse ones, for each number
+DENSE = 0.5  # share of pairs from which on a full matrix takes no more memory: a value has a place beside it
 SHORTEST = 8  # history length that is compiled; then its doubles
 LEAST_NOISE = 0.05  # of one opinion; at most .25, that of a coin
 
@@ -118,26 +119,19 @@ def _loadings(
     components = min(components, n_items - 2)
     if components < 1:
         return np.zeros((n_items, 1), np.float32)
-    shared = _over_donors(known).tocoo()
-    left_Z, right_Z = shared.coords
-    pair_Z = left_Z != right_Z
-    left_Z, right_Z, n_Z = left_Z[pair_Z], right_Z[pair_Z], shared.data[pair_Z]
-
-    def over_pairs(value: scipy.sparse.csr_array) -> np.ndarray:
-        """Sums of products over the donors who know both items."""
-        return np.asarray(_over_donors(value)[left_Z, right_Z]).ravel()
-
-    sum_Z, square_Z = over_pairs(opinion), over_pairs(scipy.sparse.csr_array(opinion.multiply(opinion)))
+    left_Z, right_Z, n_Z, sum_Z, square_Z = _over_pairs(opinion, known)
     cosine_Z = np.zeros(len(n_Z), np.float32) if vector_ND is None else _cosines(vector_ND, left_Z, right_Z)
     level, slope = _prior(sum_Z, n_Z, cosine_Z)
-    prior_Z = level + slope * cosine_Z
+    prior_Z = np.float32(level) + np.float32(slope) * cosine_Z
     tau = _strength(sum_Z, square_Z, n_Z, prior_Z)
-    step_Z = ((sum_Z - n_Z * prior_Z) / (n_Z + tau)).astype(np.float32)
+    step_Z = (sum_Z - n_Z * prior_Z) / (n_Z + np.float32(tau))
     if level + slope == 0 and not step_Z.any():  # no two items whose opinions are known to go together
         return np.zeros((n_items, components), np.float32)
-    moved = scipy.sparse.csr_array((step_Z, (left_Z, right_Z)), (n_items, n_items))
-    if moved.nnz > DENSE * n_items**2:
-        moved = moved.toarray()
+    if len(step_Z) > DENSE * n_items**2:
+        moved: Any = np.zeros((n_items, n_items), np.float32)
+        moved[left_Z, right_Z] = step_Z
+    else:
+        moved = scipy.sparse.csr_array((step_Z, (left_Z, right_Z)), (n_items, n_items))
     real_N = (np.arange(n_items) > 0).astype(np.float32)
 
     def times(x_N: np.ndarray) -> np.ndarray:
@@ -152,11 +146,30 @@ def _loadings(
     return (component_NK * np.sqrt(np.maximum(strength_K, 0.0))).astype(np.float32)
 
 
-def _over_donors(value: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
-    """[N, N], products of the values of two items, summed over the donors."""
-    product = (value.T @ value).T  # it comes by columns, and what is symmetric is the same by rows
-    product.sort_indices()  # else each entry that is asked for is searched for in its whole row
-    return product
+def _over_pairs(opinion: scipy.sparse.csr_array, known: scipy.sparse.csr_array) -> tuple[np.ndarray, ...]:
+    """Pairs of two items that some donor knows, sorted by the left one: [Z] left and right item, how many donors know
+    both, and the sums over these of the products of their opinions and of the squares of the products."""
+    n_items, donor_P = known.shape[1], np.flatnonzero(np.diff(known.indptr))
+    values = known[donor_P], opinion[donor_P], opinion[donor_P].multiply(opinion[donor_P]).tocsr()
+    pairs = int((np.diff(known.indptr).astype(np.int64) ** 2).sum())
+    if n_items**2 <= CELLS and pairs * FASTER > len(donor_P) * n_items**2:
+        products = [np.zeros((n_items, n_items), np.float32) for _ in values]
+        for first in range(0, len(donor_P), max(CELLS // n_items, 1)):
+            for product, value in zip(products, values, strict=True):
+                part = value[first : first + max(CELLS // n_items, 1)].toarray()
+                product += part.T @ part
+        np.fill_diagonal(products[0], 0)
+        left_Z, right_Z = np.nonzero(products[0])
+        return left_Z, right_Z, *(product[left_Z, right_Z] for product in products)
+    by_row = [(value.T @ value).T for value in values]  # they come by column, and are symmetric
+    for product in by_row:
+        product.sort_indices()  # else each entry that is asked for is searched for in its whole row
+    left_Z, right_Z = by_row[0].tocoo().coords
+    pair_Z = left_Z != right_Z
+    left_Z, right_Z = left_Z[pair_Z], right_Z[pair_Z]
+    if not len(left_Z):  # no entries of a sparse array are a sparse array
+        return left_Z, right_Z, *(np.zeros(0, np.float32) for _ in by_row)
+    return left_Z, right_Z, *(np.asarray(product[left_Z, right_Z]).ravel() for product in by_row)
 
 
 def _cosines(vector_ND: np.ndarray, left_Z: np.ndarray, right_Z: np.ndarray) -> np.ndarray:
@@ -195,11 +208,14 @@ def _strength(sum_Z: np.ndarray, square_Z: np.ndarray, n_Z: np.ndarray, prior_Z:
     """
     if not len(n_Z):
         return 1.0
-    noise_Z = (square_Z / n_Z - prior_Z**2).astype(np.float64)
-    error_Z = (sum_Z / n_Z - prior_Z).astype(np.float64) ** 2
-    weight_Z = n_Z.astype(np.float64) ** 2  # squared errors scatter as the square of noise / n
-    spread = float(np.average(error_Z - noise_Z / n_Z, weights=weight_Z))
-    return max(float(np.average(noise_Z, weights=weight_Z)), 1e-6) / max(spread, 1e-8)
+
+    def total(value_Z: np.ndarray) -> float:
+        return float(value_Z.sum(dtype=np.float64))
+
+    # Means of noise and of squared error - noise / n, weighted by n^2: squared errors scatter as (noise / n)^2.
+    noise_Z = square_Z - n_Z * prior_Z**2  # n times
+    weight, spread = total(n_Z**2), total((sum_Z - n_Z * prior_Z) ** 2 - noise_Z)
+    return max(total(n_Z * noise_Z) / weight, 1e-6) / max(spread / weight, 1e-8)
 
 
 def expect(
