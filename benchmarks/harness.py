@@ -268,11 +268,13 @@ def write_results(
 
     measured: list[dict[str, Any]] = []
     unfinished = None if output is None else output.with_name(f"{output.name}.unfinished")
-    for row in rows:
-        measured.append(row)
-        if unfinished is not None:
-            write(unfinished)
-    sys.stdout.write(as_markdown(by_question(measured)))
+    try:
+        for row in rows:
+            measured.append(row)
+            if unfinished is not None:
+                write(unfinished)
+    finally:
+        sys.stdout.write(as_markdown(by_question(measured)))
     if output is not None and unfinished is not None:
         write(output)
         unfinished.unlink(missing_ok=True)

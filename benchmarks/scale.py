@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -255,10 +255,13 @@ def peak_of(run: dict[str, Any]) -> float:
     return max(run["drawn"], *(stage["peak"] for stage in run["stages"].values()))
 
 
-def rows_of(runs: Sequence[dict[str, Any]], base: dict[str, Any], largest: int) -> Iterable[dict[str, Any]]:
-    """Times, memory, exponents, and the largest size where it was not run."""
+def rows_of(measured: Iterable[dict[str, Any]], base: dict[str, Any], largest: int) -> Iterable[dict[str, Any]]:
+    """Times, memory, exponents, and the largest size where it was not run. All that was measured stands in the first
+    row of each size."""
     blank = {"other": None, "other_name": None, "ratio": None, "target": None, "met": None}
-    for run in runs:
+    runs = []
+    for run in measured:
+        runs.append(run)
         case = f"{run['users']} users, {run['events']} events"
         note = (
             f"{run['donors']} donors, {run['queries']} queries, recall {run['recall']:.4f}, "
@@ -333,6 +336,19 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def measure_apart(arguments: argparse.Namespace, answer: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """`measure` of the base and of each size, in a process of its own."""
+    for size in (arguments.base, *arguments.sizes):
+        call = [
+            sys.executable, "-m", "benchmarks.scale", f"--size={size}", f"--answer={answer}",
+            f"--width={arguments.width}", f"--steps={arguments.steps}", f"--recall={arguments.recall}",
+        ]  # fmt: skip
+        # What the stages print goes where progress goes.
+        if subprocess.run(call, check=False, stdout=sys.stderr).returncode:
+            raise SystemExit(f"{size} users: expected a finished process, found one that failed; see above")
+        yield json.loads(answer.read_text())
+
+
 def main(words: list[str] | None = None) -> None:
     """Measures, prints the tables, and writes the rows."""
     arguments = parse(words)
@@ -344,25 +360,11 @@ def main(words: list[str] | None = None) -> None:
         found = measure(int(arguments.size), width=arguments.width, steps=arguments.steps, recall=arguments.recall)
         pathlib.Path(arguments.answer).write_text(json.dumps(found))
         return
-    began, runs = harness.begin(), []
+    began = harness.begin()
     with tempfile.TemporaryDirectory() as folder:
-        for size in (arguments.base, *arguments.sizes):
-            answer = pathlib.Path(folder, "answer.json")
-            call = [
-                sys.executable, "-m", "benchmarks.scale", f"--size={size}", f"--answer={answer}",
-                f"--width={arguments.width}", f"--steps={arguments.steps}", f"--recall={arguments.recall}",
-            ]  # fmt: skip
-            # What the stages print goes where progress goes.
-            if subprocess.run(call, check=False, stdout=sys.stderr).returncode:
-                raise SystemExit(f"{size} users: expected a finished process, found one that failed; see above")
-            runs.append(json.loads(answer.read_text()))
-    harness.write_results(
-        arguments.output,
-        rows_of(runs[1:], runs[0], arguments.largest),
-        began,
-        program="-m benchmarks.scale",
-        words=words,
-    )
+        runs = measure_apart(arguments, pathlib.Path(folder, "answer.json"))
+        rows = rows_of(runs, next(runs), arguments.largest)
+        harness.write_results(arguments.output, rows, began, program="-m benchmarks.scale", words=words)
 
 
 if __name__ == "__main__":

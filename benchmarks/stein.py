@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import logging
 import pathlib
 from collections.abc import Iterable
@@ -149,6 +148,14 @@ def check_equal(found_ND: Any, expected_ND: Any) -> None:
         raise SystemExit(f"expected the scores of the naive form within {AGREE}, found a difference of {worst:.3f}")
 
 
+def all_rows(machine: harness.Machine, arguments: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    """The rows of every number and width, and that of the step."""
+    for count in arguments.counts:
+        for width in arguments.widths:
+            yield from rows_of(count, width, machine, arguments)
+    yield step_row(arguments)
+
+
 def step_row(arguments: argparse.Namespace) -> dict[str, Any]:
     """Two scores of the samples of a step of the alignment stage, beside that step."""
     import jax
@@ -240,11 +247,9 @@ def main(words: list[str] | None = None) -> None:
     keep_freed_memory()  # as `marsjax` trains
     began = harness.begin()
     machine = harness.measure_device(precision="highest")
-    cases = [(count, width) for count in arguments.counts for width in arguments.widths]
-    rows = (row for count, width in cases for row in rows_of(count, width, machine, arguments))
     harness.write_results(
-        arguments.output, itertools.chain(rows, map(step_row, [arguments])), began, program="-m benchmarks.stein",
-        words=words, machine=machine.describe(),
+        arguments.output, all_rows(machine, arguments), began, program="-m benchmarks.stein", words=words,
+        machine=machine.describe(),
     )  # fmt: skip
 
 

@@ -70,13 +70,12 @@ class PlannedCell(NamedTuple):
         return found if found.get("fingerprint") == self.fingerprint else None
 
 
-def share(planned: Iterable[PlannedCell]) -> None:
-    """Cells of several parts may ask for the same, as a sweep does at the value by default: the results of one are
-    written for the others too."""
-    found = [(one, one.known()) for one in planned]
-    known = {one.fingerprint: results for one, results in found if results is not None}
-    for one, results in found:
-        if results is None and one.fingerprint in known:
+def share(planned: Iterable[PlannedCell], wanted: Iterable[PlannedCell]) -> None:
+    """Cells of several parts may ask for the same, as a sweep does at the value by default: what one of `planned` found
+    is written for those `wanted` too."""
+    known = {one.fingerprint: results for one in planned if (results := one.known()) is not None}
+    for one in wanted:
+        if one.known() is None and one.fingerprint in known:
             files.write_json(one.path, known[one.fingerprint])
 
 

@@ -107,17 +107,17 @@ def reproduce(
     planned = {
         cell.name: cells.plan_cell(config, dataset, cell, workdir, command) for part in plan for cell in part.cells
     }
-    cells.share(planned.values())
     asked: dict[str, cells.PlannedCell] = {}  # in the order in which they were asked for
     for name in names or [part.name for part in plan]:
         for part in plan:
             for cell in part.cells:
-                if name in (part.name, cell.name) and planned[cell.name].known() is None:
+                if name in (part.name, cell.name):
                     asked[cell.name] = planned[cell.name]
-    if processes > 1 and asked:
-        each_once = {one.fingerprint: one for one in asked.values()}
-        jobs.run(cells.cell_jobs(list(each_once.values())), shelf, processes=processes, logs=workdir / "logs")
-        cells.share(planned.values())
+    cells.share(planned.values(), asked.values())
+    unknown_cells = {one.fingerprint: one for one in asked.values() if one.known() is None}
+    if processes > 1 and unknown_cells:
+        jobs.run(cells.cell_jobs(list(unknown_cells.values())), shelf, processes=processes, logs=workdir / "logs")
+        cells.share(planned.values(), asked.values())
     for part in plan:
         results: dict[str, Any] = {}
         refused: dict[str, str] = {}
@@ -130,7 +130,7 @@ def reproduce(
                     refused[cell.name] = str(error)
                     continue
                 cells.finish_cell(shelf, planned[cell.name])
-                cells.share(planned.values())
+                cells.share(planned.values(), asked.values())
             if (known := planned[cell.name].known()) is not None:
                 results[cell.name] = known
                 stages.commits |= set(known["commit"].split(", "))

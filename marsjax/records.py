@@ -188,7 +188,7 @@ class Viewing(NamedTuple):
     make: Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[Viewed, ...]]
     length: int  # L; a view is made of the last L own entries, and is of at most L
     replaces: bool  # the one view stands in the place of what it was made of; else views are for a loss beside it
-    row_E: np.ndarray | None = None  # [E] bool, events whose views are used; None: all
+    row_E: np.ndarray | None = None  # [E] bool, events that have views for a loss; None: all
 
 
 class Objective(NamedTuple):
@@ -221,7 +221,7 @@ class Views(NamedTuple):
     feedback_BVW: Array | None  # [B, V, W] int8, the marks as of a history
     rate_BV: Array  # [B, V] float32, the share of the history to change; 0 where none was drawn
     weight_B: Array  # [B] float32, 1 where the row has views that count
-    rows: CtrBatch | None = None  # the B rows, where only some of a batch can have views; None: all of the batch
+    rows: CtrBatch | None = None  # the B rows, where only some of the batch's can have views; None: all of them
 
 
 class CtrBatch(NamedTuple):

@@ -34,6 +34,7 @@ from marsjax.records import (
     Viewing,
 )
 from marsjax.training.optimizer import AdamW, adamw
+from marsjax.training.sharding import pad_rows
 from marsjax.training.step import init_state
 
 CTR = {
@@ -210,17 +211,19 @@ def test_marks_go_with_the_items(offer, name):
     assert (unmarked > 0) == (name in ("ran", "cmr", "cmrsi"))
 
 
+@pytest.mark.parametrize("form", ["", "_budget"])
 @pytest.mark.parametrize("name", HAS_LOSS)
-def test_views_for_a_loss_are_of_the_last_own_entries(offer, name):
+def test_views_for_a_loss_are_of_the_last_own_entries(offer, name, form):
     """Marks belong to items that the tail holds, and of BASRec the first view is the tail itself."""
-    source = source_of(offer, METHODS[name].treat(offer))
+    source = source_of(offer, METHODS[f"{name}{form}"].treat(offer))
     row_E, rows = source_rows(offer, source), offer.rows
     for i in range(3):
         views = source[i].views
         marks = histories.feedback(rows.histories.label_H)
-        tail_BW, mark_BW, length_B = histories.own_tails(rows.histories, marks, row_E[i], length=8)
+        row_B = row_E[i][rows.group_U[rows.user_E[row_E[i]]] == LOW] if form else row_E[i]
+        tail_BW, mark_BW, length_B = histories.own_tails(rows.histories, marks, row_B, length=8)
         n = len(length_B)
-        assert views.item_BVW.shape == (32, 3 if name == "basrec" else 2, 8)
+        assert views.item_BVW.shape == (len(views.weight_B), 3 if name == "basrec" else 2, 8)
         assert not views.item_BVW[n:].any()
         known = [set(zip(*pair, strict=True)) for pair in zip(tail_BW, mark_BW, strict=True)]
         for row, seen in enumerate(known):
@@ -277,9 +280,42 @@ def test_a_batch_of_which_no_row_has_views_has_the_click_loss_alone(offer, name)
     assert batch.views.item_BVW.shape[0] == 2
     assert not batch.views.weight_B.any()
     model, tables, variables = model_of(offer, mask_token=method.mask_token, backbone="dnn")
-    share = jax.jit(share_of(model, tables, treatment.objective, None))(variables["params"], {}, batch)
-    assert share.metrics["view_loss"] == 0
-    assert share.loss == share.metrics["click_loss"] > 0
+    share = share_of(model, tables, treatment.objective, None)
+
+    def loss(params):
+        found = share(params, {}, jax.device_put(batch))
+        return found.loss, found.metrics
+
+    (value, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    assert found["view_loss"] == 0
+    assert value == found["click_loss"] > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("name", ["cl4srec", "basrec"])
+def test_fewer_rows_with_views_than_devices_are_shared_out(offer, name):
+    """Two rows with views over four devices: loss and gradients are those of one device."""
+    method = METHODS[f"{name}_budget"]
+    treatment = method.treat(offer)
+    some_E = np.cumsum(offer.rows.split_E == TRAIN) % 20 == 0
+    source = source_of(offer, treatment._replace(viewing=treatment.viewing._replace(row_E=some_E)))
+    batch = next(source[i] for i in range(len(source)) if list(source[i].views.weight_B) == [1, 1])
+    model, tables, variables = model_of(offer, mask_token=method.mask_token, backbone="dnn")
+
+    def one(params):
+        return share_of(model, tables, treatment.objective, None)(params, {}, jax.device_put(batch))
+
+    def four(params):
+        part = jax.tree.map(lambda leaf: leaf.reshape(4, -1, *leaf.shape[1:]), jax.device_put(pad_rows(batch, 4)))
+        share = share_of(model, tables, treatment.objective, "device")
+        return jax.vmap(functools.partial(share, params, {}), axis_name="device")(part)
+
+    def value(shares):
+        return lambda params: (lambda found: (found.loss.sum(), found.metrics["view_loss"].sum()))(shares(params))
+
+    found = [jax.jit(jax.value_and_grad(value(shares), has_aux=True))(variables["params"]) for shares in (one, four)]
+    assert found[0][0][1] > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), *found)
 
 
 def test_a_loss_on_few_rows_is_that_of_all_rows_with_the_others_not_counted(offer):

@@ -53,7 +53,7 @@ def test_results_name_the_command_and_no_folder_of_the_machine(tmp_path, given, 
     assert set(found) == {"command", "commit", "machine", "wall_seconds", "rows"}
 
 
-def test_what_was_measured_before_a_failure_is_kept(tmp_path):
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, capsys):
     row = harness.compare("q", "c", harness.Timed([1.0], []), None, None)
 
     def rows():
@@ -65,6 +65,7 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         harness.write_results(output, rows(), harness.begin(), program="-m benchmarks.x", words=[])
     assert output.read_text() == "of an earlier run"
+    assert "| c | " in capsys.readouterr().out
     assert json.loads(unfinished.read_text())["rows"] == [row]
     assert harness.write_results(output, [row], harness.begin(), program="-m benchmarks.x", words=[]) == [row]
     assert json.loads(output.read_text())["rows"] == [row]

@@ -185,11 +185,16 @@ def test_cells_that_ask_for_the_same_are_run_once(config, tmp_path, monkeypatch,
     monkeypatch.setattr(of_study, "cell_jobs", lambda some: finished.extend(some) or planned_jobs(some))
     if processes == 1:
         monkeypatch.setattr(of_study, "finish_cell", lambda shelf, one: finished.append(one) or finish(shelf, one))
+    commands.reproduce(config, tmp_path, parts="of_a", processes=processes)
+    assert not (tmp_path / "cells" / "b.json").exists()  # it was not asked for
     commands.reproduce(config, tmp_path, processes=processes)
     assert len(finished) == 1
     assert (tmp_path / "cells" / "a.json").read_bytes() == (tmp_path / "cells" / "b.json").read_bytes()
-    commands.reproduce(config, tmp_path, parts="of_b", processes=processes)
-    assert len(finished) == 1
+    (tmp_path / "cells" / "a.json").unlink()
+    (tmp_path / "cells" / "b.json").unlink()
+    commands.reproduce(config, tmp_path, processes=processes)
+    assert len(finished) == 2
+    assert (tmp_path / "cells" / "a.json").read_bytes() == (tmp_path / "cells" / "b.json").read_bytes()
 
 
 def test_opinions_are_learnt_once_for_all_methods_and_none_is_changed_by_that(config, tmp_path, monkeypatch):

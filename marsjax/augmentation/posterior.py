@@ -27,9 +27,10 @@ from marsjax.data.histories import gather_histories, own_tails
 from marsjax.records import TRAIN, Array, Histories, Log, Rows
 
 CHUNK = 2048  # rows at a time
-LARGEST = 2**30  # pairs of items that a donor knows, over all donors: some 30 bytes each while they are counted
-CELLS = 2**26  # of a block of cosines
+LARGEST = 2**29  # pairs of items that some donor knows: some 60 bytes each while they are counted
+CELLS = 2**26  # of a block of cosines or of donors, and of a full matrix
 FASTER = 500  # times, a product of full matrices over one of sparse ones, for each number
+FIXED = 100  # donors that take as long as to make and to search a full matrix
 DENSE = 0.5  # share of pairs from which on a full matrix takes no more memory: a value has a place beside it
 SHORTEST = 8  # history length that is compiled; then its doubles
 LEAST_NOISE = 0.05  # of one opinion; at most .25, that of a coin
@@ -79,10 +80,10 @@ def learn_opinions(
     )
     user_X, item_X = known_X // n_items, known_X % n_items
     label_X = (np.bincount(at_X, log.label_E[event_X], minlength=len(known_X)) / count_X).astype(np.float32)
-    pairs = int((np.bincount(user_X, minlength=1) ** 2).sum())
+    pairs = min(int((np.bincount(user_X, minlength=1) ** 2).sum()), n_items**2)
     if pairs > LARGEST:
         raise ValueError(
-            f"posterior: expected at most {LARGEST:,} pairs of items known to one donor, found {pairs:,}; lower "
+            f"posterior: expected at most {LARGEST:,} pairs of items known to one donor, found up to {pairs:,}; lower "
             "split.high_fraction, raise data.min_item_events, or leave out the methods that ask for a posterior"
         )
     vector_ND = None if item_ND is None else centred(item_ND)
@@ -150,9 +151,10 @@ def _over_pairs(opinion: scipy.sparse.csr_array, known: scipy.sparse.csr_array) 
     """Pairs of two items that some donor knows, sorted by the left one: [Z] left and right item, how many donors know
     both, and the sums over these of the products of their opinions and of the squares of the products."""
     n_items, donor_P = known.shape[1], np.flatnonzero(np.diff(known.indptr))
-    values = known[donor_P], opinion[donor_P], opinion[donor_P].multiply(opinion[donor_P]).tocsr()
+    known, opinion = known[donor_P], opinion[donor_P]
+    values = known, opinion, opinion.multiply(opinion).tocsr()
     pairs = int((np.diff(known.indptr).astype(np.int64) ** 2).sum())
-    if n_items**2 <= CELLS and pairs * FASTER > len(donor_P) * n_items**2:
+    if n_items**2 <= CELLS and pairs * FASTER > (len(donor_P) + FIXED) * n_items**2:
         products = [np.zeros((n_items, n_items), np.float32) for _ in values]
         for first in range(0, len(donor_P), max(CELLS // n_items, 1)):
             for product, value in zip(products, values, strict=True):
@@ -161,15 +163,19 @@ def _over_pairs(opinion: scipy.sparse.csr_array, known: scipy.sparse.csr_array) 
         np.fill_diagonal(products[0], 0)
         left_Z, right_Z = np.nonzero(products[0])
         return left_Z, right_Z, *(product[left_Z, right_Z] for product in products)
-    by_row = [(value.T @ value).T for value in values]  # they come by column, and are symmetric
-    for product in by_row:
+
+    def over_donors(value: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+        product = (value.T @ value).T  # it comes by column, and is symmetric
         product.sort_indices()  # else each entry that is asked for is searched for in its whole row
-    left_Z, right_Z = by_row[0].tocoo().coords
-    pair_Z = left_Z != right_Z
-    left_Z, right_Z = left_Z[pair_Z], right_Z[pair_Z]
+        return product
+
+    shared = over_donors(known).tocoo()
+    pair_Z = shared.coords[0] != shared.coords[1]
+    left_Z, right_Z = (place_Z[pair_Z] for place_Z in shared.coords)
     if not len(left_Z):  # no entries of a sparse array are a sparse array
-        return left_Z, right_Z, *(np.zeros(0, np.float32) for _ in by_row)
-    return left_Z, right_Z, *(np.asarray(product[left_Z, right_Z]).ravel() for product in by_row)
+        return left_Z, right_Z, *(np.zeros(0, np.float32) for _ in values)
+    sums = (np.asarray(over_donors(value)[left_Z, right_Z]).ravel() for value in values[1:])
+    return left_Z, right_Z, shared.data[pair_Z], *sums
 
 
 def _cosines(vector_ND: np.ndarray, left_Z: np.ndarray, right_Z: np.ndarray) -> np.ndarray:

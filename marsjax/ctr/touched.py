@@ -84,20 +84,17 @@ def touch(batch: CtrBatch, *, n_items: int, n_users: int) -> Touched:
         n_users: rows of the table of users, padding included.
     """
     views = batch.views
-    some = None if views is None else views.rows
-    whole = [batch] if some is None else [batch, some]
-    named = [value for one in whole for value in (one.target_B, one.history_BL)]
-    if views is not None:
-        named.append(views.item_BVW)
-    item_X, at = _renumber([np.asarray(value) for value in named], n_items)
-    user_Y, users = _renumber([np.asarray(one.user_B) for one in whole], n_users)
-    batch, *some_rows = (
-        one._replace(user_B=user_B, target_B=target_B, history_BL=history_BL)
-        for one, user_B, target_B, history_BL in zip(whole, users, at[0::2], at[1::2], strict=False)
-    )
-    if views is not None:
-        batch = batch._replace(views=views._replace(item_BVW=at[-1], rows=some_rows[0] if some_rows else None))
-    return Touched(batch, item_X, user_Y)
+    item_X, place_N = _name([batch.target_B, batch.history_BL] + ([] if views is None else [views.item_BVW]), n_items)
+    user_Y, place_U = _name([batch.user_B], n_users)
+
+    def renumbered(rows: CtrBatch) -> CtrBatch:
+        user_B, target_B, history_BL = place_U[rows.user_B], place_N[rows.target_B], place_N[rows.history_BL]
+        return rows._replace(user_B=user_B, target_B=target_B, history_BL=history_BL)
+
+    if views is not None:  # its rows are some of the batch's, so they name nothing else
+        rows = None if views.rows is None else renumbered(views.rows)
+        views = views._replace(item_BVW=place_N[views.item_BVW], rows=rows)
+    return Touched(renumbered(batch)._replace(views=views), item_X, user_Y)
 
 
 @functools.lru_cache(maxsize=8)
@@ -157,8 +154,8 @@ def rows_of_users(model: nn.Module) -> int:
     return n_users + 1 if n_users else 0
 
 
-def _renumber(values: Sequence[np.ndarray], n_rows: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The rows that are named, padded by `n_rows`, and the values as positions among them."""
+def _name(values: Sequence[Array], n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that are named, padded by `n_rows`, and the place of each among them."""
     size = min(n_rows, 1 + sum(value.size for value in values))
     size += -size % 8  # equal parts for up to 8 devices
     seen_N = np.zeros(n_rows, bool)  # a mark a row and a look at each cost less than sorting the values
@@ -170,7 +167,7 @@ def _renumber(values: Sequence[np.ndarray], n_rows: int) -> tuple[np.ndarray, li
     place_N[row_X] = np.arange(len(row_X), dtype=np.int32)
     padded_X = np.full(size, n_rows, np.int32)
     padded_X[: len(row_X)] = row_X
-    return padded_X, [place_N[value] for value in values]
+    return padded_X, place_N
 
 
 def _few(model: nn.Module, item_X: Array, user_Y: Array, *, axis: str | None) -> nn.Module:

@@ -187,7 +187,7 @@ def with_views(
     """
     length, size = min(viewing.length, cap), len(batch.user_B)
     some = None
-    if viewing.row_E is not None:
+    if viewing.row_E is not None and not viewing.replaces:
         at_S = np.flatnonzero(viewing.row_E[row_B])
         size = min(bound for share in VIEWED if (bound := -(-size // share)) >= len(at_S))
         some = jax.tree.map(lambda leaf: pad_to(size, leaf[at_S], leaf.dtype.type), batch)
