@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from marsjax import study
 from marsjax.augmentation.methods import METHODS
 from marsjax.evaluation import report
 
@@ -63,6 +64,15 @@ def test_the_page_of_findings_quotes_what_is_gained_over_ids(group):
     ]
     assert [f"{row['difference']:.4f}" in text for row in rows[:3]] == [True] * 3
     assert rows[3]["difference"] >= rows[0]["difference"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results" / "study" / "cells").glob("alignment_*")))
+def test_the_page_of_findings_quotes_how_the_space_is_made(path):
+    (variant,) = [
+        cell.label for part in study.full(frozenset(METHODS)) for cell in part.cells if cell.name == path.stem
+    ]
+    rows = [difference(f"study/cells/{path.stem}", method, "low") for method in ("mars", "mars_posterior")]
+    assert table_row(variant, [gained(row) for row in rows]) in (ROOT / "docs" / "what_works.md").read_text()
 
 
 def test_the_page_of_findings_quotes_what_lending_costs():
