@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from marsjax.ctr import mixup
 
@@ -49,6 +50,15 @@ def test_lambda_is_beta(alpha, n_channels):
     assert lambda_.mean() == pytest.approx(0.5, abs=error)
     assert lambda_.var() == pytest.approx(variance, abs=error)
     assert len(np.unique(lambda_)) > 0.9 * lambda_.size  # rows and channels draw their own
+    assert scipy.stats.kstest(lambda_.ravel(), scipy.stats.beta(alpha, alpha).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.4, 1.0, 2.0])
+def test_quantiles_are_those_of_the_distribution(alpha):
+    share = np.concatenate([2.0 ** -np.arange(1, 24), np.linspace(0.01, 0.99, 50)]).astype(np.float32)
+    expected = scipy.stats.beta(alpha, alpha).ppf(share.astype(np.float64))
+    np.testing.assert_allclose(mixup.quantile(share, alpha), expected, rtol=2e-4)
+    assert 0 <= mixup.quantile(np.float32(0.0), alpha) < expected.min()
 
 
 @pytest.mark.parametrize("n_channels", [None, 6])

@@ -111,8 +111,8 @@ def _mixup(
     target_BD, (own_BWD, *changed), seen = _embedded_views(part, batch, views, tables)
     n_rows, depth = target_BD.shape
     n_views, levels = len(changed), objective.levels
-    # One draw for all, since each takes seconds to compile: a share for each view; then, `levels` times each, one a row
-    # and one a channel, with which the released code mixes rows.
+    # One draw for all: a share for each view; then, `levels` times each, one a row and one a channel, with which the
+    # released code mixes rows.
     lambda_BX = mixup.draw_lambda(
         lambda_key,
         n_rows,
