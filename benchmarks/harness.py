@@ -274,8 +274,9 @@ def write_results(
             if unfinished is not None:
                 write(unfinished)
     finally:
-        sys.stdout.write(as_markdown(by_question(measured)))
+        found = by_question(measured)
+        sys.stdout.write(as_markdown(found))
     if output is not None and unfinished is not None:
         write(output)
         unfinished.unlink(missing_ok=True)
-    return by_question(measured)
+    return found

@@ -155,10 +155,10 @@ def _over_pairs(opinion: scipy.sparse.csr_array, known: scipy.sparse.csr_array) 
     values = known, opinion, opinion.multiply(opinion).tocsr()
     pairs = int((np.diff(known.indptr).astype(np.int64) ** 2).sum())
     if n_items**2 <= CELLS and pairs * FASTER > (len(donor_P) + FIXED) * n_items**2:
-        products = [np.zeros((n_items, n_items), np.float32) for _ in values]
-        for first in range(0, len(donor_P), max(CELLS // n_items, 1)):
+        products, block = [np.zeros((n_items, n_items), np.float32) for _ in values], CELLS // n_items
+        for first in range(0, len(donor_P), block):
             for product, value in zip(products, values, strict=True):
-                part = value[first : first + max(CELLS // n_items, 1)].toarray()
+                part = value[first : first + block].toarray()
                 product += part.T @ part
         np.fill_diagonal(products[0], 0)
         left_Z, right_Z = np.nonzero(products[0])
