@@ -7,10 +7,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from marsjax.ctr import din, objective
-from marsjax.ctr.activations import Activation
+from marsjax.ctr.activations import Activation, dice_of_batch
 from marsjax.ctr.backbones import make_backbone
 from marsjax.ctr.din import TargetAttention, masked_softmax
 from marsjax.ctr.items import content_table
+from marsjax.ctr.products import dense_dot_general, entries_by_matrix, rows_by_matrices
 from marsjax.records import CtrBatch, Items, ItemTables, Modality
 from marsjax.training.step import init_variables
 
@@ -248,6 +249,59 @@ def test_dice_normalises_by_valid_entries():
     np.testing.assert_allclose(found_BD[:4], x_BD[:4] * gate_BD, rtol=1e-4)
     np.testing.assert_allclose(state["statistics"]["mean"], 0.01 * mean_D, rtol=1e-4)
     np.testing.assert_allclose(state["statistics"]["variance"], 0.99 + 0.01 * variance_D, rtol=1e-4)
+
+
+def dice_as_written(x_BLD, weight_BL, alpha_D):
+    """Zhou et al., Eq. 3 and 4, with the mean and variance of the entries of weight 1."""
+    count = jnp.maximum(weight_BL.sum(), 1.0)
+    mean_D = (x_BLD * weight_BL[..., None]).sum((0, 1)) / count
+    variance_D = ((x_BLD - mean_D[None, None]) ** 2 * weight_BL[..., None]).sum((0, 1)) / count
+    gate_BLD = jax.nn.sigmoid((x_BLD - mean_D[None, None]) / jnp.sqrt(variance_D + 1e-8)[None, None])
+    return x_BLD * (gate_BLD + (1 - gate_BLD) * alpha_D[None, None]), mean_D, variance_D
+
+
+@pytest.mark.parametrize("weights", ["some", "none"])
+def test_dice_and_its_gradient_are_those_of_its_equations(weights):
+    rng = np.random.default_rng(0)
+    x_BLD = jnp.asarray(rng.normal(0.5, 2.0, (5, 7, 3)).astype(np.float32))
+    weight_BL = jnp.asarray((rng.random((5, 7)) < (0.6 if weights == "some" else 0.0)).astype(np.float32))
+    alpha_D, of_y_BLD = jnp.float32([0.0, 0.3, -0.2]), jnp.asarray(rng.normal(size=(5, 7, 3)).astype(np.float32))
+    if weights == "none":  # a scale of 1e4, which would amplify what rounding leaves
+        of_y_BLD *= 0.0
+
+    def loss(of, *values):
+        return jnp.sum(of(*values)[0] * of_y_BLD)
+
+    found, expected = (
+        (
+            of(x_BLD, weight_BL, alpha_D),
+            jax.grad(lambda x, alpha, of=of: loss(of, x, weight_BL, alpha), (0, 1))(x_BLD, alpha_D),
+        )
+        for of in (lambda *values: dice_of_batch(*values, None), dice_as_written)
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("depth", "width"), [(6, 4), (4, 6), (3, 1)])
+def test_products_have_the_gradients_of_their_equations(depth, width):
+    rng = np.random.default_rng(0)
+    x_BLD, of_y_BLA = (jnp.asarray(rng.normal(size=(3, 5, size)).astype(np.float32)) for size in (depth, width))
+    matrix_BDA = jnp.asarray(rng.normal(size=(3, depth, width)).astype(np.float32))
+    for found, expected, matrix in (
+        (entries_by_matrix, "bld,da->bla", matrix_BDA[0]),
+        (rows_by_matrices, "bld,bda->bla", matrix_BDA),
+    ):
+        value, gradients = jax.vjp(found, x_BLD, matrix)
+        value_then, gradients_then = jax.vjp(lambda x, m, expected=expected: jnp.einsum(expected, x, m), x_BLD, matrix)
+        np.testing.assert_allclose(value, value_then, rtol=1e-5, atol=1e-6)
+        for one, other in zip(gradients(of_y_BLA), gradients_then(of_y_BLA), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_product_that_no_dense_asks_for_is_refused():
+    with pytest.raises(ValueError, match="expected the product of a Dense"):
+        dense_dot_general(jnp.ones((2, 3)), jnp.ones((2, 3)), (((0,), (0,)), ((), ())))
 
 
 def test_loss_is_mean_cross_entropy_over_weighted_rows():

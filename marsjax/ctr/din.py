@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from marsjax.ctr.activations import Activation, Tower
 from marsjax.ctr.items import ItemEmbedding, embed_rows, feedback_embedding, parts_of, tower_input, user_embedding
+from marsjax.ctr.products import dense_dot_general, rows_by_matrices
 from marsjax.records import CtrBatch, ItemTables
 
 ROWS = 32  # at a time, where the attention is trained in parts
@@ -40,12 +41,13 @@ class TargetAttention(nn.Module):
         of_t_DA, of_h_DA, of_difference_DA, of_product_DA = kernel_4DA.reshape(4, depth, width)
         matrix_BDA = (of_h_DA - of_difference_DA)[None] + target_BD[:, :, None] * of_product_DA[None]
         shift_BA = target_BD @ (of_t_DA + of_difference_DA) + bias_A[None]
-        hidden_BLA = jnp.einsum("bld,bda->bla", history_BLD, matrix_BDA) + shift_BA[:, None, :]
+        hidden_BLA = rows_by_matrices(history_BLD, matrix_BDA) + shift_BA[:, None, :]
         hidden_BLA = Activation(self.activation, self.axis_name)(hidden_BLA, weight_BL, train=train)
         for extra in self.widths[1:]:
-            hidden_BLA = nn.Dense(extra, dtype=history_BLD.dtype)(hidden_BLA)
+            hidden_BLA = nn.Dense(extra, dtype=history_BLD.dtype, dot_general=dense_dot_general)(hidden_BLA)
             hidden_BLA = Activation(self.activation, self.axis_name)(hidden_BLA, weight_BL, train=train)
-        return nn.Dense(1, use_bias=self.bias, dtype=history_BLD.dtype)(hidden_BLA)[..., 0].astype(jnp.float32)
+        score = nn.Dense(1, use_bias=self.bias, dtype=history_BLD.dtype, dot_general=dense_dot_general)
+        return score(hidden_BLA)[..., 0].astype(jnp.float32)
 
 
 class Din(nn.Module):
