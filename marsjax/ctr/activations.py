@@ -45,7 +45,7 @@ class _Kept(NamedTuple):
     alpha_D: jax.Array
     mean_D: jax.Array
     scale_D: jax.Array  # 1 / standard deviation
-    count: jax.Array  # of the entries of weight 1
+    entries: jax.Array  # how many of weight 1
 
 
 def _dice_forward(
@@ -73,7 +73,7 @@ def _dice_backward(
     of_z_ND = closed_ND * gate_ND  # times open_D, which is left to the sums
     # Each mean and variance is that of all devices: what any of them passes back goes to the entries of all.
     sums = jnp.sum(of_z_ND, axis=0) * open_D, jnp.sum(of_z_ND * z_ND, axis=0) * open_D
-    of_mean_D, of_variance_D = (value * kept.scale_D / kept.count for value in _over_devices(sums, axis_name))
+    of_mean_D, of_variance_D = (value * kept.scale_D / kept.entries for value in _over_devices(sums, axis_name))
     shared_ND = of_mean_D[None] + of_variance_D[None] * z_ND
     of_x_ND = of_y_ND * (kept.alpha_D[None] + open_D[None] * gate_ND) + of_z_ND * (kept.scale_D * open_D)[None]
     of_x_ND -= kept.weight.reshape(-1, 1) * shared_ND
