@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from marsjax.allocator import keep_freed_memory
+from marsjax.processors import processors
 from marsjax.progress import log_to, progress
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def run(jobs: Mapping[Name, Job], shared: Any, *, processes: int, logs: pathlib.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # NumPy starts a thread a processor as it is loaded, before a process has its share: sixteen that spin on one
     # processor take nearly all of its time.
-    threads = str(max(map(len, shares(_processors(), processes))))
+    threads = str(max(map(len, shares(processors(), processes))))
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, threads)
     waiting, done = dict(jobs), set[Name]()
@@ -109,13 +110,6 @@ def shares(cores: Sequence[int], processes: int) -> list[list[int]]:
     return [list(cores[i::processes]) or [cores[i % len(cores)]] for i in range(processes)]
 
 
-def _processors() -> list[int]:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 _shared: Any = None  # of this process, which `_begin` gave it
 
 
@@ -131,7 +125,7 @@ def _begin(shared: Any, counter: Any, processes: int, logs: pathlib.Path) -> Non
         number = counter.value
         counter.value += 1
     if hasattr(os, "sched_setaffinity"):  # Linux
-        os.sched_setaffinity(0, shares(_processors(), processes)[number % processes])
+        os.sched_setaffinity(0, shares(processors(), processes)[number % processes])
     sys.stderr = open(logs / f"{number}.log", "a", buffering=1)  # noqa: SIM115, it stays open
     log_to(sys.stderr, force=True)
     keep_freed_memory()  # a setting of the process, which is not handed down

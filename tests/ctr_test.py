@@ -355,7 +355,8 @@ def test_attention_trained_in_parts_is_the_attention(changes, monkeypatch):
 
     at_once, program = trained()
     assert "96,7,6" in program
-    monkeypatch.setattr(din, "CACHED", 0)
+    monkeypatch.setattr(din, "SEVERAL", din.Parts(32, 0))
+    monkeypatch.setattr(din, "ONE_PROCESSOR", din.Parts(32, 0))
     in_parts, program = trained()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), at_once, in_parts)
     assert "96,7,6" not in program
@@ -366,8 +367,12 @@ def test_rows_go_through_the_attention_together_where_parts_would_not_help(monke
     def rows_of(rows, length):
         return din.rows_at_a_time(jnp.zeros((rows, length, 2)), 32)
 
-    assert rows_of(512, 200) == din.ROWS
+    monkeypatch.setattr(din, "processors", lambda: [3])
+    assert rows_of(512, 200) == 32
     assert rows_of(512, 8) == 512  # small enough
     assert rows_of(8200, 200) == 8200  # parts would be of 8 rows
+    monkeypatch.setattr(din, "processors", lambda: [0, 3])
+    assert rows_of(512, 200) == 512  # two processors would wait for each other
+    assert rows_of(8192, 200) == 128
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert rows_of(512, 200) == 512
+    assert rows_of(8192, 200) == 8192

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,11 +13,22 @@ import jax.numpy as jnp
 from marsjax.ctr.activations import Activation, Tower
 from marsjax.ctr.items import ItemEmbedding, embed_rows, feedback_embedding, parts_of, tower_input, user_embedding
 from marsjax.ctr.products import dense_dot_general, rows_by_matrices
+from marsjax.processors import processors
 from marsjax.records import CtrBatch, ItemTables
 
-ROWS = 32  # at a time, where the attention is trained in parts
 LEAST_ROWS = 16  # fewer at a time cost more than they save
-CACHED = 2**20  # numbers of [B, L, A] that a processor reads and writes as fast as it multiplies
+
+
+class Parts(NamedTuple):
+    """How the attention is trained in parts."""
+
+    rows: int  # at a time
+    beyond: int  # numbers of [B, L, A], where parts begin to pay
+
+
+# One processor reads and writes 2^20 numbers as fast as it multiplies. Several wait for each other after each product
+# of a part, which pays where the whole would not fit what the allocator keeps (32 MiB).
+ONE_PROCESSOR, SEVERAL = Parts(32, 2**20), Parts(128, 2**23)
 
 
 class TargetAttention(nn.Module):
@@ -136,8 +148,9 @@ def rows_at_a_time(history_BLD: jax.Array, width: int) -> int:
     makes it again instead of reading it. An accelerator would wait for one part after the other.
     """
     rows, length, _ = history_BLD.shape
-    few = math.gcd(rows, ROWS)
-    if jax.default_backend() != "cpu" or few < LEAST_ROWS or rows * length * width < CACHED:
+    parts = ONE_PROCESSOR if len(processors()) == 1 else SEVERAL
+    few = math.gcd(rows, parts.rows)
+    if jax.default_backend() != "cpu" or few < LEAST_ROWS or rows * length * width < parts.beyond:
         return rows
     return few
 
