@@ -14,6 +14,7 @@ import optax
 from jax import lax
 
 from marsjax import alignment_losses, stein
+from marsjax.products import dense_dot_general, entries_by_matrix
 from marsjax.records import AlignmentBatch, Array, Items
 from marsjax.training.optimizer import AdamW, adamw
 from marsjax.training.sharding import Lifted, lift
@@ -127,17 +128,18 @@ class MultimodalEncoder(nn.Module):
         if len(self.modalities) > 2:
             raise ValueError(f"alignment: expected at most two modalities, found {self.modalities}")
         self.item = self.param("item", nn.initializers.normal(stddev=0.05), (self.n_items, self.id_width))
-        self.project = {name: nn.Dense(self.width, use_bias=False, name=f"project_{name}") for name in self.modalities}
+        dense = functools.partial(nn.Dense, dot_general=dense_dot_general)
+        self.project = {name: dense(self.width, use_bias=False, name=f"project_{name}") for name in self.modalities}
         self.self_attention = Attention(self.id_width)  # Eq. 4
         self.modal_attention = Attention(self.width, self.keep_values)  # Eq. 9
         self.id_attention = Attention(self.width)  # Eq. 11
         self.fuse_norm = nn.LayerNorm()
         if not self.modalities:
-            self.project_id = nn.Dense(self.width, use_bias=False)
+            self.project_id = dense(self.width, use_bias=False)
         if self.residual:
             self.residual_norm = nn.LayerNorm()
-        self.score_hidden = nn.Dense(self.hidden)
-        self.score_out = nn.Dense(1)
+        self.score_hidden = dense(self.hidden)
+        self.score_out = dense(1)
 
     def modality(self, name: str, item_I: jax.Array, tables: FeatureTables) -> tuple[jax.Array, jax.Array]:
         """Eq. 3: projected features [..., D] of items [...], and which of them are present; absent ones are zero."""
@@ -228,12 +230,12 @@ class Attention(nn.Module):
         self.to_value = Kernel(self.width, _identity if self.keep_values else nn.linear.default_kernel_init)
 
     def value(self, key_BLD: jax.Array) -> jax.Array:
-        return key_BLD @ self.to_value(key_BLD.shape[-1])
+        return entries_by_matrix(key_BLD, self.to_value(key_BLD.shape[-1]))
 
     def __call__(self, query_BTD: jax.Array, key_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
         """Queries [B, T, D'] over keys [B, L, D'']; returns [B, T, width]."""
         of_query_DK = self.to_query(query_BTD.shape[-1]) @ self.to_key(key_BLD.shape[-1]).T  # K = D''
-        logit_BTL = jnp.einsum("btk,blk->btl", query_BTD @ of_query_DK, key_BLD) * self.width**-0.5
+        logit_BTL = jnp.einsum("btk,blk->btl", entries_by_matrix(query_BTD, of_query_DK), key_BLD) * self.width**-0.5
         # A large negative number, not -inf: the softmax of a row of -inf is NaN, and so is its gradient.
         logit_BTL = jnp.where(mask_BL[:, None, :], logit_BTL, -1e30)
         weight_BTL = nn.softmax(logit_BTL, axis=-1) * mask_BL[:, None, :]

@@ -11,7 +11,7 @@ from marsjax.ctr.activations import Activation, dice_of_batch
 from marsjax.ctr.backbones import make_backbone
 from marsjax.ctr.din import TargetAttention, masked_softmax
 from marsjax.ctr.items import content_table
-from marsjax.ctr.products import dense_dot_general, entries_by_matrix, rows_by_matrices
+from marsjax.products import dense_dot_general, entries_by_matrix, rows_by_matrices
 from marsjax.records import CtrBatch, Items, ItemTables, Modality
 from marsjax.training.step import init_variables
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from marsjax.ctr.activations import Activation, Tower
 from marsjax.ctr.items import ItemEmbedding, embed_rows, feedback_embedding, parts_of, tower_input, user_embedding
-from marsjax.ctr.products import dense_dot_general, rows_by_matrices
 from marsjax.processors import processors
+from marsjax.products import dense_dot_general, rows_by_matrices
 from marsjax.records import CtrBatch, ItemTables
 
 LEAST_ROWS = 16  # fewer at a time cost more than they save
