@@ -1,7 +1,7 @@
 """Matrix products over long arrays, with gradients in the order that XLA computes fastest on a CPU.
 
 The gradient of a matrix sums over all entries, the longest axis of either array. As JAX derives it, XLA reads the wider
-array across its rows, or copies one of both first (`python -m benchmarks.din_step` tells what it costs).
+array across its rows, or copies one of both first.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ def _rows_forward(x_BLD: jax.Array, matrix_BDA: jax.Array) -> tuple[jax.Array, t
 def _rows_backward(kept: tuple[jax.Array, jax.Array], of_y_BLA: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_BLD, matrix_BDA = kept
     x_BDL = jnp.swapaxes(x_BLD, 1, 2)
-    if (
-        jax.default_backend() == "cpu"
-    ):  # where XLA would fold the transpose into the product, and read x across its rows
+    # On a CPU XLA would fold the transpose into the product, and read x across its rows.
+    if jax.default_backend() == "cpu":
         x_BDL = lax.optimization_barrier(x_BDL)
     of_x_BLD = jnp.einsum("bla,bda->bld", of_y_BLA, matrix_BDA)
     return of_x_BLD, jnp.einsum("bdl,bla->bda", x_BDL, of_y_BLA)

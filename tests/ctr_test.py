@@ -266,8 +266,8 @@ def test_dice_and_its_gradient_are_those_of_its_equations(weights):
     x_BLD = jnp.asarray(rng.normal(0.5, 2.0, (5, 7, 3)).astype(np.float32))
     weight_BL = jnp.asarray((rng.random((5, 7)) < (0.6 if weights == "some" else 0.0)).astype(np.float32))
     alpha_D, of_y_BLD = jnp.float32([0.0, 0.3, -0.2]), jnp.asarray(rng.normal(size=(5, 7, 3)).astype(np.float32))
-    if weights == "none":  # a scale of 1e4, which would amplify what rounding leaves
-        of_y_BLD *= 0.0
+    if weights == "none":
+        x_BLD *= 1e-4  # the scale is 1e4: gates that are neither open nor closed
 
     def loss(of, *values):
         return jnp.sum(of(*values)[0] * of_y_BLD)

@@ -19,17 +19,19 @@ ALLOWED: dict[str, set[str]] = {
     "stein": set(),
     "progress": set(),
     "allocator": set(),
+    "processors": set(),
+    "products": set(),
     "compilation": set(),
     "data": set(),
     "features": {"data.feature_files", "progress"},  # an array that was made elsewhere is an encoder too
     "hosts": set(),
     "training": {"hosts", "progress"},
     "alignment_losses": set(),
-    "alignment": {"alignment_losses", "training.optimizer", "training.sharding", "training.step"},
+    "alignment": {"alignment_losses", "products", "training.optimizer", "training.sharding", "training.step"},
     "embeddings": {"alignment", "data.histories", "progress"},  # embeds with the encoder of the alignment
     "retrieval": set(),
     "augmentation": {"data.grades", "data.histories", "progress"},
-    "ctr": {"training.optimizer", "training.sharding", "training.step"},
+    "ctr": {"processors", "products", "training.optimizer", "training.sharding", "training.step"},
     "evaluation": {"features.images"},  # pages show what encoders see
     # Answers requests with what trained the model: it comes after all of these.
     "serving": {
@@ -38,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "provenance": set(),
     "stages": {"hosts", "provenance"},
-    "jobs": {"allocator", "progress"},
+    "jobs": {"allocator", "processors", "progress"},
     "configuration": set(),
     "defaults": {"data.synthetic"},  # its arguments are configuration keys
     "study": set(),

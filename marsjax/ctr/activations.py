@@ -21,9 +21,9 @@ def dice_of_batch(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Dice by the mean and the variance of the batch itself, over its entries of weight 1 on all devices.
 
-    y = x (p + (1 - p) alpha) with p = sigmoid(z), z = (x - mean) / sqrt(variance + EPSILON). The gradient is written
-    out: a batch of histories is read and written for each array that it makes, which is most of Dice's time, and the
-    gradient of the equations as they stand makes some ten of them.
+    y = x (p + (1 - p) alpha) with p = sigmoid(z), z = (x - mean) / sqrt(variance + EPSILON). Most of the time
+    goes into reading and writing arrays of the size of the histories, and the gradient that JAX derives makes some ten
+    of them, so it is written out.
 
     Args:
         x: [..., D] float32.
@@ -71,10 +71,12 @@ def _dice_backward(
     gate_ND, open_D = nn.sigmoid(z_ND), 1 - kept.alpha_D
     closed_ND = of_y_ND * x_ND * (1 - gate_ND)
     of_z_ND = closed_ND * gate_ND  # times open_D, which is left to the sums
-    # Each mean and variance is that of all devices: what any of them passes back goes to the entries of all.
+    # Mean and variance are those of all devices: what any of them passes back goes to the entries of all. With g the
+    # gradient of z / std that is (sum(g) + z sum(g z)) / n; the variance does not move with the mean, from which the
+    # deviations sum to 0.
     sums = jnp.sum(of_z_ND, axis=0) * open_D, jnp.sum(of_z_ND * z_ND, axis=0) * open_D
-    of_mean_D, of_variance_D = (value * kept.scale_D / kept.entries for value in _over_devices(sums, axis_name))
-    shared_ND = of_mean_D[None] + of_variance_D[None] * z_ND
+    by_mean_D, by_deviation_D = (value * kept.scale_D / kept.entries for value in _over_devices(sums, axis_name))
+    shared_ND = by_mean_D[None] + by_deviation_D[None] * z_ND
     of_x_ND = of_y_ND * (kept.alpha_D[None] + open_D[None] * gate_ND) + of_z_ND * (kept.scale_D * open_D)[None]
     of_x_ND -= kept.weight.reshape(-1, 1) * shared_ND
     return of_x_ND.reshape(kept.x.shape), jnp.zeros_like(kept.weight), jnp.sum(closed_ND, axis=0)

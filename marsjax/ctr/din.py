@@ -27,7 +27,7 @@ class Parts(NamedTuple):
 
 
 # One processor reads and writes 2^20 numbers as fast as it multiplies. Several wait for each other after each product
-# of a part, which pays where the whole would not fit what the allocator keeps (32 MiB).
+# of a part: parts pay only where the whole, in float32, would not fit the 32 MiB that the allocator keeps.
 ONE_PROCESSOR, SEVERAL = Parts(32, 2**20), Parts(128, 2**23)
 
 
@@ -144,8 +144,8 @@ class Din(nn.Module):
 def rows_at_a_time(history_BLD: jax.Array, width: int) -> int:
     """How many rows go through the attention at a time when it is trained; all of them where that is best.
 
-    On a CPU the time goes into reading and writing [B, L, A]; of few rows that stays in the cache, and the gradient
-    makes it again instead of reading it. An accelerator would wait for one part after the other.
+    On a CPU the time goes into reading and writing [B, L, A]; of few rows that stays in the cache, or in memory that is
+    kept, and the gradient makes it again instead of reading it. An accelerator would wait for one part after the other.
     """
     rows, length, _ = history_BLD.shape
     parts = ONE_PROCESSOR if len(processors()) == 1 else SEVERAL
