@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-PyTree = Any
+from marsjax.training.step import total
 
 EPSILON = 1e-8  # added to the variance
 
@@ -52,10 +52,10 @@ def _dice_forward(
     x: jax.Array, weight: jax.Array, alpha_D: jax.Array, axis_name: str | None
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], _Kept]:
     x_ND, weight_N1 = x.reshape(-1, x.shape[-1]), weight.reshape(-1, 1)
-    count, total_D = _over_devices((jnp.sum(weight), jnp.sum(x_ND * weight_N1, axis=0)), axis_name)
+    count, total_D = total((jnp.sum(weight), jnp.sum(x_ND * weight_N1, axis=0)), axis_name)
     count = jnp.maximum(count, 1.0)
     mean_D = total_D / count
-    variance_D = _over_devices(jnp.sum((x_ND - mean_D[None]) ** 2 * weight_N1, axis=0), axis_name) / count
+    variance_D = total(jnp.sum((x_ND - mean_D[None]) ** 2 * weight_N1, axis=0), axis_name) / count
     scale_D = lax.rsqrt(variance_D + EPSILON)
     gate_ND = nn.sigmoid((x_ND - mean_D[None]) * scale_D[None])
     y_ND = x_ND * (alpha_D[None] + (1 - alpha_D[None]) * gate_ND)
@@ -75,15 +75,11 @@ def _dice_backward(
     # gradient of z / std that is (sum(g) + z sum(g z)) / n; the variance does not move with the mean, from which the
     # deviations sum to 0.
     sums = jnp.sum(of_z_ND, axis=0) * open_D, jnp.sum(of_z_ND * z_ND, axis=0) * open_D
-    by_mean_D, by_deviation_D = (value * kept.scale_D / kept.entries for value in _over_devices(sums, axis_name))
+    by_mean_D, by_deviation_D = (value * kept.scale_D / kept.entries for value in total(sums, axis_name))
     shared_ND = by_mean_D[None] + by_deviation_D[None] * z_ND
     of_x_ND = of_y_ND * (kept.alpha_D[None] + open_D[None] * gate_ND) + of_z_ND * (kept.scale_D * open_D)[None]
     of_x_ND -= kept.weight.reshape(-1, 1) * shared_ND
     return of_x_ND.reshape(kept.x.shape), jnp.zeros_like(kept.weight), jnp.sum(closed_ND, axis=0)
-
-
-def _over_devices(value: PyTree, axis_name: str | None) -> PyTree:
-    return value if axis_name is None else lax.psum(value, axis_name)
 
 
 dice_of_batch.defvjp(_dice_forward, _dice_backward)
