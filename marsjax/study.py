@@ -119,7 +119,6 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
         "values kept": {"alignment.keep_values": "true"},
         "static item vectors": {"augmentation.vectors": "static"},
         "donors of the whole history": {"retrieval.prefix_stride": "0"},
-        "ids only": {"alignment.modalities": ""},
     }
     paddings = {"most similar": "most_similar", "filter": "filter", "kth similar": "kth_similar", "DP": "dp"}
     return (
