@@ -53,6 +53,28 @@ def test_the_pages_quote_what_was_gained_over_a_base_that_reads_grades(page, gro
     assert f"{row['difference']:.4f} {metric.upper()} [{row['low']:+.4f}, {row['high']:+.4f}]" in text
 
 
+@pytest.mark.parametrize(("group", "metric"), [("low", "auc"), ("low", "gauc"), ("all", "auc")])
+def test_the_page_of_findings_quotes_what_grades_gain_over_a_base_of_likes(group, metric):
+    method = "mars_short_graded_posterior"
+    graded, likes = read("study/cells/graded"), read(HEADLINE)
+    best, base = (
+        next(row for row in cell["rows"] if (row["method"], row["group"], row["metric"]) == (name, group, metric))
+        for cell, name in ((graded, method), (likes, "base"))
+    )
+    text = " ".join((ROOT / "docs" / "what_works.md").read_text().split())
+    told = text[text.index("Inputs and expectation of grades") : text.index("`mars` as published costs 0.0045")]
+    assert f"{best['mean'] - base['mean']:.4f}" in told
+    if group == "low":
+        assert f"{best['mean']:.4f} {metric.upper()}" in told
+    if (group, metric) == ("low", "auc"):
+        quoted = f"{best['mean']:.4f} AUC for the sparse users, {best['mean'] - base['mean']:.4f} above the base of likes"
+        assert quoted in " ".join((ROOT / "README.md").read_text().split())
+        assert f"standard deviations of {best['std']:.4f} and {base['std']:.4f}" in told
+    tried = [row for cell in (graded, likes) for row in cell["search"]]
+    first = max(tried, key=lambda row: row["auc_low"])
+    assert (first["method"], first in graded["search"], first["chosen"]) == (method, True, True)
+
+
 @pytest.mark.parametrize("group", ["low", "all"])
 def test_the_page_of_findings_quotes_what_is_gained_over_ids(group):
     text = " ".join((ROOT / "docs" / "what_works.md").read_text().split())
