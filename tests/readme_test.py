@@ -67,7 +67,9 @@ def test_the_page_of_findings_quotes_what_grades_gain_over_a_base_of_likes(group
     if group == "low":
         assert f"{best['mean']:.4f} {metric.upper()}" in told
     if (group, metric) == ("low", "auc"):
-        quoted = f"{best['mean']:.4f} AUC for the sparse users, {best['mean'] - base['mean']:.4f} above the base of likes"
+        quoted = (
+            f"{best['mean']:.4f} AUC for the sparse users, {best['mean'] - base['mean']:.4f} above the base of likes"
+        )
         assert quoted in " ".join((ROOT / "README.md").read_text().split())
         assert f"standard deviations of {best['std']:.4f} and {base['std']:.4f}" in told
     tried = [row for cell in (graded, likes) for row in cell["search"]]
