@@ -150,6 +150,30 @@ def test_the_plan_for_many_users_is_made_of_the_committed_rates():
     assert all(row["met"] is not False for row in rows)  # Ray's files are those of one process
 
 
+def test_readme_quotes_the_baselines_of_table_2():
+    cell = "study/cells/table2_at_MARS_s_number_of_items_ids"
+    text = " ".join((ROOT / "README.md").read_text().split())
+    told = text[text.index("at the number of items that MARS lends, over ids") : text.index("## The study")]
+    worst = difference(cell, "basrec_budget", "all")
+    assert f"{-worst['difference']:.4f} AUC over all users [{worst['low']:+.4f}, {worst['high']:+.4f}]" in told
+    for name in study.BUDGET:
+        level = difference(cell, name, "all")
+        assert name == "basrec_budget" or level["low"] < 0 < level["high"]
+    least = {
+        group: [
+            row
+            for row in read(cell)["comparisons"]
+            if (row["method"], row["group"], row["metric"]) == ("mars_posterior", group, "auc")
+            and row["against"] in study.BUDGET
+        ]
+        for group in ("low", "all")
+    }
+    low, over_all = (f"{min(row['difference'] for row in rows):.4f}" for rows in least.values())
+    assert f"by {low} AUC for low-active users and {over_all} over all, or more" in told
+    (p,) = {f"{row['p_holm']:.3f}" for rows in least.values() for row in rows}
+    assert f"Holm's p {p.lstrip('0')} each" in told
+
+
 @pytest.mark.parametrize("metric", ["auc", "gauc"])
 @pytest.mark.parametrize("events", [3, 5, 10, 20])
 def test_the_page_of_findings_quotes_what_short_histories_tell(events, metric):
