@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from marsjax.data.histories import cut_histories, gather_histories, ragged_histories
+from marsjax.data.histories import cut_histories, gather_histories, ragged_histories, windows
 from marsjax.data.splits import make_rows
 from marsjax.records import LOW, TRAIN, Log
 
@@ -21,6 +21,21 @@ def rows():
         raw_user_U=np.arange(50).astype(str),
     )
     return make_rows(log, split="last_fraction", sparse_fraction=0.3, sparse_events=4)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64, np.float32])
+@pytest.mark.parametrize(("entries", "length"), [(40, 7), (40, 40), (5, 7), (1, 3), (0, 3), (0, 0), (40, 0)])
+def test_windows_are_entries_looked_up_one_by_one(entries, length, dtype):
+    """Wherever they begin: before the first entry, and so late that they end beyond the last one, too."""
+    value_H = np.random.default_rng(0).integers(1, 100, entries).astype(dtype)
+    value_H.flags.writeable = False  # as where it is mapped from a file
+    first_B = np.arange(-length - 2, entries + 3)
+    found_BL = windows(value_H, first_B, length)
+    assert (found_BL.shape, found_BL.dtype) == ((len(first_B), length), dtype)
+    for first, found_L in zip(first_B, found_BL, strict=True):
+        at_L = np.clip(np.arange(first, first + length), 0, max(entries - 1, 0))
+        np.testing.assert_array_equal(found_L, value_H[at_L] if entries else np.zeros(length))
+    assert windows(value_H, first_B[:0], length).shape == (0, length)
 
 
 def test_only_training_rows_of_other_users_are_cut_and_to_what_low_active_users_have(rows):

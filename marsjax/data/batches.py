@@ -15,7 +15,7 @@ import grain.python as grain
 import jax
 import numpy as np
 
-from marsjax.data.histories import gather_histories, length_bounds, own_tails
+from marsjax.data.histories import gather_histories, length_bounds, own_tails, windows
 from marsjax.records import AlignmentBatch, Augmentation, CtrBatch, Inputs, Log, Rows, Viewed, Viewing, Views
 
 Batch = TypeVar("Batch")
@@ -89,15 +89,6 @@ def history_lengths(
     return own_B, np.minimum(available_B, cap - own_B)
 
 
-def _gather(value_H: np.ndarray, at_BL: np.ndarray, is_own_BL: np.ndarray, out_BL: np.ndarray) -> None:
-    """Fills the first rows of `out_BL` with the entries `at_BL`, and 0 where they are not of the row."""
-    if len(value_H):
-        rows_BL = out_BL[: len(at_BL)]
-        # Clipping costs less than looking up 0 in the place of what is outside.
-        value_H.take(at_BL, mode="clip", out=rows_BL)
-        rows_BL *= is_own_BL
-
-
 def ctr_batch(
     log: Log,
     rows: Rows,
@@ -120,35 +111,37 @@ def ctr_batch(
     total_B = own_B + extra_B
     if total_B.max(initial=0) > length:
         raise ValueError(f"history of {total_B.max()} entries does not fit a batch of length {length}")
-    # A batch is made while the step runs, on the same cores: arrays [B, L] are few, and written where they stay.
-    column_1L = np.arange(length)[None, :]
-    is_own_BL = column_1L < total_B[:, None]
+    # A batch is made while the step runs, on the same cores: arrays [B, L] are few, and of few bytes.
+    column_1L = np.arange(length, dtype=np.min_scalar_type(length))[None, :]
+    is_own_BL = column_1L < total_B.astype(column_1L.dtype)[:, None]
     if extra_B.any():
-        is_own_BL &= column_1L >= extra_B[:, None]
-    own_at_BL = (histories.end_E[row_B] - total_B)[:, None] + column_1L
-    history_BL = np.zeros((size, length), np.int32)
-    _gather(histories.item_H, own_at_BL, is_own_BL, history_BL)
-    feedback_BL = None
-    if inputs.mark_H is not None:
-        feedback_BL = np.zeros((size, length), np.int8)
-        _gather(inputs.mark_H, own_at_BL, is_own_BL, feedback_BL)
+        is_own_BL &= column_1L >= extra_B.astype(column_1L.dtype)[:, None]
+    first_B = histories.end_E[row_B] - total_B
+
+    def own(value_H: np.ndarray) -> np.ndarray:
+        out_BL = np.zeros((size, length), value_H.dtype)
+        np.multiply(windows(value_H, first_B, length), is_own_BL, out=out_BL[: len(row_B)])
+        return out_BL
+
+    history_BL = own(histories.item_H)
+    feedback_BL = None if inputs.mark_H is None else own(inputs.mark_H)
     borrowed_BL = np.zeros((size, length), bool)
     if augmentation is not None and extra_B.any():
         borrowed = augmentation.borrowed
         # As wide as the most that is borrowed, at the start of the rows.
         width = int(extra_B.max())
-        is_borrowed_BX = column_1L[:, :width] < extra_B[:, None]
+        is_borrowed_BX = column_1L[:, :width] < extra_B.astype(column_1L.dtype)[:, None]
         # The last `extra` of what the query borrows: the same end survives as in the concatenated sequence.
-        first_B = borrowed.start_Q1[augmentation.queries.query_E[row_B] + 1] - extra_B
-        at_BX = np.where(is_borrowed_BX, first_B[:, None] + column_1L[:, :width], 0)
+        slot_B = borrowed.start_Q1[augmentation.queries.query_E[row_B] + 1] - extra_B
+        item_BX = windows(borrowed.item_S, slot_B, width)
         if augmentation.time_safe:
-            is_borrowed_BX &= borrowed.time_S[at_BX] <= log.time_E[row_B][:, None]
-        item_BX = borrowed.item_S[at_BX]
+            is_borrowed_BX &= windows(borrowed.time_S, slot_B, width) <= log.time_E[row_B][:, None]
         if augmentation.drop_target:
             is_borrowed_BX &= item_BX != log.item_E[row_B][:, None]
-        np.copyto(history_BL[: len(row_B), :width], item_BX, where=is_borrowed_BX)
+        # Own entries are 0 where borrowed ones stand; a copy under a mask in no order takes several times as long.
+        history_BL[: len(row_B), :width] += item_BX * is_borrowed_BX
         if feedback_BL is not None and borrowed.feedback_S is not None:
-            np.copyto(feedback_BL[: len(row_B), :width], borrowed.feedback_S[at_BX], where=is_borrowed_BX)
+            feedback_BL[: len(row_B), :width] += windows(borrowed.feedback_S, slot_B, width) * is_borrowed_BX
         borrowed_BL[: len(row_B), :width] = is_borrowed_BX
 
     user_B = rows.user_E[row_B] + 1

@@ -19,6 +19,27 @@ def length_bounds(buckets: Iterable[int], cap: int) -> tuple[int, ...]:
     return tuple(sorted({min(int(bucket), cap) for bucket in buckets} | {cap}))
 
 
+def windows(value_H: np.ndarray, first_B: np.ndarray, length: int) -> np.ndarray:
+    """The entries `first_B`, `first_B` + 1, ... of a column, [B, length]; beyond its ends stands its first or last one,
+    and 0 where it has none.
+
+    One copy of `length` entries for each row: looking up each entry by its number takes three times as long.
+    """
+    last = len(value_H) - length
+    if not len(value_H) or not length:
+        return np.zeros((len(first_B), length), value_H.dtype)
+    if last < 0:
+        return value_H.take(first_B[:, None] + np.arange(length), mode="clip")
+    size = value_H.itemsize
+    # As many windows as fit, each an entry after the one before, over one another.
+    window_W = np.ndarray(last + 1, np.dtype((np.void, length * size)), value_H, strides=(size,))
+    found_BL = window_W[np.clip(first_B, 0, last)].view(value_H.dtype).reshape(len(first_B), length)
+    beyond_X = np.flatnonzero((first_B < 0) | (first_B > last))
+    if len(beyond_X):
+        found_BL[beyond_X] = value_H.take(first_B[beyond_X, None] + np.arange(length), mode="clip")
+    return found_BL
+
+
 def gather_histories(histories: Histories, user_Q: np.ndarray, end_Q: np.ndarray, *, cap: int) -> np.ndarray:
     """The last `cap` history items before `end_Q` of each user, [Q, cap], left-aligned and padded with 0.
 
@@ -26,12 +47,8 @@ def gather_histories(histories: Histories, user_Q: np.ndarray, end_Q: np.ndarray
     milliseconds of our century need.
     """
     length_Q = np.minimum(end_Q - histories.start_U1[user_Q], cap)
-    column_1L = np.arange(cap)[None, :]
-    inside_QL = column_1L < length_Q[:, None]
-    at_QL = np.where(inside_QL, (end_Q - length_Q)[:, None] + column_1L, 0)
-    if not len(histories.item_H):
-        return np.zeros(inside_QL.shape, histories.item_H.dtype)
-    return np.where(inside_QL, histories.item_H[at_QL], 0)
+    inside_QL = np.arange(cap) < length_Q[:, None]
+    return windows(histories.item_H, end_Q - length_Q, cap) * inside_QL
 
 
 def ragged_histories(start_Q: np.ndarray, end_Q: np.ndarray, *, cap: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,13 +65,10 @@ def own_tails(
     """The last `length` own entries of rows: items and values, [B, length] left-aligned and padded with 0, and how
     many they are, [B]."""
     length_B = np.minimum(histories.end_E[row_B] - histories.start_E[row_B], length)
-    column_1W = np.arange(length)[None, :]
-    inside_BW = column_1W < length_B[:, None]
-    if not len(histories.item_H):
-        return np.zeros(inside_BW.shape, np.int32), np.zeros(inside_BW.shape, value_H.dtype), length_B
-    at_BW = np.where(inside_BW, (histories.end_E[row_B] - length_B)[:, None] + column_1W, 0)
-    value_BW = np.where(inside_BW, value_H[at_BW], value_H.dtype.type(0))
-    return np.where(inside_BW, histories.item_H[at_BW], 0), value_BW, length_B
+    inside_BW = np.arange(length) < length_B[:, None]
+    first_B = histories.end_E[row_B] - length_B
+    item_BW, value_BW = (windows(value, first_B, length) * inside_BW for value in (histories.item_H, value_H))
+    return item_BW, value_BW, length_B
 
 
 def cut_histories(rows: Rows, *, share: float, seed: int) -> tuple[Rows, np.ndarray]:
