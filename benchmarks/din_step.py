@@ -323,8 +323,9 @@ def step_row(size: Size, fuxi: Fuxi | None, machine: harness.Machine, *, turns: 
 # --- epochs ---------------------------------------------------------------------------------------------------------
 
 
-def epoch_config(folder: str, epochs: int) -> Any:
-    """The configuration of planted data, or of MovieLens-1M where it is given, with the sizes of the steps."""
+def epoch_config(folder: str, epochs: int, users: int) -> Any:
+    """The configuration of planted data, or of MovieLens-1M (or `users` of it) where it is given, with the sizes of the
+    steps."""
     from marsjax.configuration import load_config
 
     changes = {
@@ -334,7 +335,7 @@ def epoch_config(folder: str, epochs: int) -> Any:
     }  # fmt: skip
     if not folder:
         return load_config("configs/synthetic.py", changes)
-    changes |= {"data.folder": folder, "data.text_features": "", "data.image_features": "", "alignment.modalities": ""}
+    changes |= {"data.folder": folder, "data.sample_users": str(users), "data.text_features": "", "data.image_features": "", "alignment.modalities": ""}
     return load_config("configs/ml1m.py", changes)
 
 
@@ -366,7 +367,7 @@ def write_columns(loaded: Any, folder: pathlib.Path, *, cap: int) -> Size:
     return size_of(loaded, longest)
 
 
-def our_epochs(folder: str, epochs: int, seed: int) -> dict[str, Any]:
+def our_epochs(folder: str, epochs: int, seed: int, users: int) -> dict[str, Any]:
     """Trains as `pipeline.train_stage` does, twice: the second time everything is compiled."""
     import jax
 
@@ -381,7 +382,7 @@ def our_epochs(folder: str, epochs: int, seed: int) -> dict[str, Any]:
     from marsjax.training.optimizer import AdamW, adamw
     from marsjax.training.step import init_state
 
-    config = epoch_config(folder, epochs)
+    config = epoch_config(folder, epochs, users)
     cfg, loaded = config.ctr, pipeline.load(config)
     events, rows, tables = loaded.dataset.log, loaded.rows, loaded.tables
     model = make_backbone(to_json(cfg), **pipeline.counts(loaded, "base"))
@@ -457,7 +458,7 @@ def epoch_rows(arguments: argparse.Namespace, folder: str, fuxi: Fuxi | None) ->
     """Seconds of an epoch of both sides, and the validation AUC beside it, over seeds."""
     from marsjax import pipeline
 
-    config = epoch_config(folder, arguments.epochs)
+    config = epoch_config(folder, arguments.epochs, arguments.users)
     loaded = pipeline.load(config)
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in (("ours",) if fuxi is None else ("ours", "theirs"))}
     with tempfile.TemporaryDirectory() as work:
@@ -470,14 +471,14 @@ def epoch_rows(arguments: argparse.Namespace, folder: str, fuxi: Fuxi | None) ->
                     sys.executable, "-m", "benchmarks.din_step", f"--side={side}", f"--seeds={seed}",
                     f"--epochs={arguments.epochs}",
                     f"--workers={arguments.workers}", f"--allocator={arguments.allocator}", f"--work={work}",
-                    f"--size={json.dumps(size)}", f"--folder={folder}",
+                    f"--size={json.dumps(size)}", f"--folder={folder}", f"--users={arguments.users}",
                 ]  # fmt: skip
                 # What either side prints goes where progress goes.
                 subprocess.run(words, check=True, stdout=sys.stderr)
                 done.append(json.loads(answer.read_text()))
                 log.info("%s", done[-1])
     name = None if fuxi is None else f"FuxiCTR {fuxi.version}"
-    case = f"{loaded.dataset.name}, {found['ours'][0]['rows']} rows, batch {size.batch}, epochs {arguments.epochs}"
+    case = f"{loaded.dataset.name}, {size.users} users, {found['ours'][0]['rows']} rows, batch {size.batch}, epochs {arguments.epochs}"
     timed = {side: harness.Timed([run["seconds"] for run in done], []) for side, done in found.items()}
     first = harness.Timed([run["first_seconds"] for run in found["ours"]], [])
     for question, ours in (
@@ -549,6 +550,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-steps", action="store_true", help="only the epochs")
     parser.add_argument("--epoch", action="store_true", help="also whole epochs, on planted data")
     parser.add_argument("--folder", default="", help="with --epoch: also on MovieLens-1M, which lies there")
+    parser.add_argument("--users", type=int, default=0, help="of MovieLens-1M, drawn by seed (default: 0, all)")
     parser.add_argument("--epochs", type=int, default=1, help="of each training (default: 1)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each side (default: 3)")
     parser.add_argument("--workers", type=int, default=1, help="processes of FuxiCTR's loader (default: 1, its own)")
@@ -570,7 +572,7 @@ def train_once(arguments: argparse.Namespace) -> None:
     """One training of one side; the answer goes to a file, as libraries print."""
     work, seed = pathlib.Path(arguments.work), arguments.seeds
     if arguments.side == "ours":
-        found = our_epochs(arguments.folder, arguments.epochs, seed)
+        found = our_epochs(arguments.folder, arguments.epochs, seed, arguments.users)
     else:
         values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in json.loads(arguments.size)]
         found = their_epochs(need_fuxictr(), Size(*values), work, arguments.epochs, seed, arguments.workers)
