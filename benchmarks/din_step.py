@@ -335,7 +335,13 @@ def epoch_config(folder: str, epochs: int, users: int) -> Any:
     }  # fmt: skip
     if not folder:
         return load_config("configs/synthetic.py", changes)
-    changes |= {"data.folder": folder, "data.sample_users": str(users), "data.text_features": "", "data.image_features": "", "alignment.modalities": ""}
+    changes |= {
+        "data.folder": folder,
+        "data.sample_users": str(users),
+        "data.text_features": "",
+        "data.image_features": "",
+        "alignment.modalities": "",
+    }
     return load_config("configs/ml1m.py", changes)
 
 

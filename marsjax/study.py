@@ -111,15 +111,20 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
         "without Stein": {"alignment.beta": "0"},
         "without training": {"alignment.epochs": "0"},
     }
-    objectives = {
+    losses = {
         "Stein": {},
         "printed sign": {"alignment.entropy_sign": "printed"},
         "InfoNCE": {"alignment.objective": "info_nce"},
         "cosine": {"alignment.objective": "cosine"},
         "MMD": {"alignment.objective": "mmd"},
-        "values kept": {"alignment.keep_values": "true"},
-        "static item vectors": {"augmentation.vectors": "static"},
-        "donors of the whole history": {"retrieval.prefix_stride": "0"},
+    }
+    spaces = {
+        "ids": losses | {"values kept": {"alignment.keep_values": "true"}},
+        "strong": losses
+        | {
+            "static item vectors": {"augmentation.vectors": "static"},
+            "donors of the whole history": {"retrieval.prefix_stride": "0"},
+        },
     }
     paddings = {"most similar": "most_similar", "filter": "filter", "kth similar": "kth_similar", "DP": "dp"}
     return (
@@ -231,12 +236,15 @@ def full(known: frozenset[str]) -> tuple[Part, ...]:
             ),
             x_label="users in the data",
         ),
-        Part(
-            "alignment",
-            "How the space is made",
-            "variants",
-            "Losses that align text and images, signs of the entropy, and what else decides who is similar.",
-            tuple(variant("alignment", label, changes) for label, changes in objectives.items()),
+        *(
+            Part(
+                f"alignment_{inputs}",
+                f"How the space is made, {BASES[inputs]}",
+                "variants",
+                "Losses that align text and images, signs of the entropy, and what else decides who is similar.",
+                tuple(variant("alignment", label, changes, inputs=inputs) for label, changes in variants.items()),
+            )
+            for inputs, variants in spaces.items()
         ),
         Part(
             "leak",
