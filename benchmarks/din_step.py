@@ -1,7 +1,7 @@
 """How fast is a training step of a DIN, and an epoch, against FuxiCTR's DIN in PyTorch?
 
     pip install fuxictr torch
-    python -m benchmarks.din_step [--epoch [--folder=PATH/ml-1m]] [--output=benchmarks/results/din_step.json]
+    python -m benchmarks.din_step [--epoch [--folder=PATH/ml-1m [--users=N]]] [--output=FILE]
 
 FuxiCTR is no dependency of this project: `--alone` measures our side without it.
 
@@ -484,7 +484,8 @@ def epoch_rows(arguments: argparse.Namespace, folder: str, fuxi: Fuxi | None) ->
                 done.append(json.loads(answer.read_text()))
                 log.info("%s", done[-1])
     name = None if fuxi is None else f"FuxiCTR {fuxi.version}"
-    case = f"{loaded.dataset.name}, {size.users} users, {found['ours'][0]['rows']} rows, batch {size.batch}, epochs {arguments.epochs}"
+    rows = found["ours"][0]["rows"]
+    case = f"{loaded.dataset.name}, {size.users} users, {rows} rows, batch {size.batch}, epochs {arguments.epochs}"
     timed = {side: harness.Timed([run["seconds"] for run in done], []) for side, done in found.items()}
     first = harness.Timed([run["first_seconds"] for run in found["ours"]], [])
     for question, ours in (

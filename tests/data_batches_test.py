@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from marsjax.data import batches
-from marsjax.data.histories import gather_histories
+from marsjax.data.histories import feedback, gather_histories
 from marsjax.data.splits import make_rows
-from marsjax.records import TRAIN, Augmentation, Borrowed, Log, Queries
+from marsjax.records import TRAIN, Augmentation, Borrowed, Inputs, Log, Queries
 
 
-def small_log(seed=0, users=12, items=30):
+def small_log(seed=0, users=12, items=30, longest=14):
     rng = np.random.default_rng(seed)
-    length_U = rng.integers(1, 15, users)
+    length_U = rng.integers(1, longest, users, endpoint=True)
     start_U1 = np.concatenate([[0], np.cumsum(length_U)]).astype(np.int64)
     n = start_U1[-1]
     time_E = np.concatenate([np.sort(rng.integers(0, 1000, length)) for length in length_U])
@@ -37,6 +37,7 @@ def lend(rows, log, seed=0, **options):
         rng.integers(0, 1000, s),
         np.zeros(s, np.int32),
         np.zeros(s, np.float32),
+        rng.integers(0, 3, s).astype(np.int8),
     )
     query_E = np.where(rng.random(len(rows.user_E)) < 0.67, rows.user_E, -1).astype(np.int32)
     return Augmentation(
@@ -45,35 +46,43 @@ def lend(rows, log, seed=0, **options):
 
 
 def expected_history(log, rows, augmentation, row, cap):
-    """The definition, one row at a time: borrowed items, then own ones, cut to the last `cap`."""
+    """The definition, one row at a time: (item, borrowed, mark) of borrowed items, then of own ones, cut to the last
+    `cap`."""
     user = rows.user_E[row]
-    own = [(item, False) for item in log.item_E[log.start_U1[user] : row]]
+    own = [(log.item_E[event], False, 2 if log.label_E[event] else 1) for event in range(log.start_U1[user], row)]
     lent = []
     if augmentation is not None and augmentation.queries.query_E[row] >= 0:
-        q = augmentation.queries.query_E[row]
-        part = slice(augmentation.borrowed.start_Q1[q], augmentation.borrowed.start_Q1[q + 1])
-        for item, time in zip(augmentation.borrowed.item_S[part], augmentation.borrowed.time_S[part], strict=True):
-            late = augmentation.time_safe and time > log.time_E[row]
+        borrowed, q = augmentation.borrowed, augmentation.queries.query_E[row]
+        for slot in range(borrowed.start_Q1[q], borrowed.start_Q1[q + 1]):
+            item, mark = borrowed.item_S[slot], borrowed.feedback_S[slot]
+            late = augmentation.time_safe and borrowed.time_S[slot] > log.time_E[row]
             same = augmentation.drop_target and item == log.item_E[row]
-            lent.append((0 if late or same else item, not (late or same)))
+            lent.append((0, False, 0) if late or same else (item, True, mark))
     return (lent + own)[-cap:]
 
 
-@pytest.mark.parametrize("cap", [3, 10, 40])
+@pytest.mark.parametrize(("cap", "length", "longest"), [(3, 40, 14), (10, 40, 14), (40, 40, 14), (300, 300, 400)])
 @pytest.mark.parametrize("options", [None, {}, {"time_safe": True}, {"drop_target": True}])
-def test_gather_equals_loop_over_rows(cap, options):
-    log = small_log()
+def test_gather_equals_loop_over_rows(cap, length, longest, options):
+    log = small_log(longest=longest)
     rows = make_rows(log, split="leave_one_out")
     augmentation = None if options is None else lend(rows, log, **options)
     row_B = np.random.default_rng(1).permutation(len(log.item_E))[:50]
-    made = batches.ctr_batch(log, rows, row_B, length=40, size=64, cap=cap, augmentation=augmentation)
+    inputs = Inputs(mark_H=feedback(rows.histories.label_H))
+    made = batches.ctr_batch(
+        log, rows, row_B, length=length, size=64, cap=cap, augmentation=augmentation, inputs=inputs
+    )
     for i, row in enumerate(row_B):
         expected = expected_history(log, rows, augmentation, row, cap)
-        np.testing.assert_array_equal(made.history_BL[i], [e[0] for e in expected] + [0] * (40 - len(expected)))
-        np.testing.assert_array_equal(made.borrowed_BL[i], [e[1] for e in expected] + [False] * (40 - len(expected)))
+        expected += [(0, False, 0)] * (length - len(expected))
+        for found_L, expected_L in zip(
+            (made.history_BL[i], made.borrowed_BL[i], made.feedback_BL[i]), zip(*expected, strict=True), strict=True
+        ):
+            np.testing.assert_array_equal(found_L, expected_L)
         assert (made.target_B[i], made.label_B[i]) == (log.item_E[row], log.label_E[row])
     np.testing.assert_array_equal(made.weight_B, np.arange(64) < 50)
     assert not made.history_BL[50:].any()
+    assert not made.feedback_BL[50:].any()
 
 
 def test_own_events_survive_truncation():
