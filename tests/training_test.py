@@ -261,7 +261,7 @@ def test_killed_training_ends_with_the_same_parameters(tmp_path, stage, kills):
         whole = beside.submit(finish, work("train", stage, tmp_path / "whole"))
         for number in range(kills):
             process = work("train", stage, cut)
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while time.monotonic() < deadline and process.poll() is None:
                 steps = [int(path.name) for path in cut.glob("checkpoints/*") if path.name.isdigit()]
                 if steps and max(steps) >= 8 * (number + 1):
