@@ -477,7 +477,7 @@ def epoch_rows(arguments: argparse.Namespace, folder: str, fuxi: Fuxi | None) ->
                     sys.executable, "-m", "benchmarks.din_step", f"--side={side}", f"--seeds={seed}",
                     f"--epochs={arguments.epochs}",
                     f"--workers={arguments.workers}", f"--allocator={arguments.allocator}", f"--work={work}",
-                    f"--size={json.dumps(size)}", f"--folder={folder}", f"--users={arguments.users}",
+                    f"--size={json.dumps(size)}", f"--folder={folder}", f"--users={arguments.users if folder else 0}",
                 ]  # fmt: skip
                 # What either side prints goes where progress goes.
                 subprocess.run(words, check=True, stdout=sys.stderr)
@@ -572,6 +572,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         parser.error(f"--activations: expected some of {', '.join(ACTIVATIONS)}, found {', '.join(sorted(unknown))}")
     if arguments.turns < 1 or arguments.seeds < (0 if arguments.side else 1):
         parser.error("--turns and --seeds: expected 1 or more")
+    if arguments.users < 0 or (arguments.users and not arguments.folder):
+        parser.error("--users: expected a number from 1 on with --folder, or 0 for all users")
     return arguments
 
 

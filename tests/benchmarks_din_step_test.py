@@ -65,3 +65,12 @@ def test_without_fuxictr_one_line_says_what_to_install(without_fuxictr):
     assert "pip install fuxictr" in message
     assert "--alone" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("words", [["--users=5"], ["--users=-5", "--folder=ml-1m"]])
+def test_users_are_some_of_a_folder(words, capsys):
+    with pytest.raises(SystemExit):
+        din_step.parse(words)
+    assert "--users: expected a number from 1 on with --folder" in capsys.readouterr().err
+    config = din_step.epoch_config("ml-1m", 1, din_step.parse(["--users=5", "--folder=ml-1m"]).users)
+    assert config.data.sample_users == 5
